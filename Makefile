@@ -1,0 +1,65 @@
+# `make demo` and `make test` set up all they need; `make check` is what CI runs.
+VENV ?= .venv
+python := $(VENV)/bin/python
+export VENV
+
+# Workers share the cores with the tensor library's threads (tests/conftest.py); worksteal evens out long tests.
+pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal -q
+# Runs that look for a wrong version or a missing file, not for a wrong number.
+brief := --hypothesis-profile brief -m "not slow"
+
+.PHONY: help demo test check lint types test-oldest test-interpreter test-wheel thorough format clean
+
+help:
+	@echo "make demo         set up, then generate from the embedded model and inspect it"
+	@echo "make test         set up, then run the tests with coverage"
+	@echo "make check        all that CI runs: lint, types, tests, oldest transformers, wheel"
+	@echo "make thorough     10,000 cases of the property tests"
+	@echo "make format       let ruff format and fix"
+	@echo "make clean        remove what the targets made, the environment included"
+
+# The stamps make a repeated call immediate, and a changed dependency install itself.
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/setup_venv.sh
+	@scripts/setup_venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt scripts/setup_venv.sh
+	@scripts/setup_venv.sh $(VENV) '[dev]'
+	@touch $(VENV)/.installed $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/hymba generate "def " --max-new-tokens 100
+	$(VENV)/bin/hymba inspect
+
+test: $(VENV)/.installed-dev
+	$(pytest) --cov --property-cases 200
+
+check:
+	@bash .ci/run
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(VENV)/bin/mypy
+
+test-oldest: $(VENV)/.installed-dev
+	overlay=$$(scripts/overlay.sh oldest) && PYTHONPATH=$$overlay $(pytest) $(brief)
+
+test-interpreter: $(VENV)/.installed-dev
+	overlay=$$(scripts/overlay.sh interpreter) && \
+		PYTHONPATH=$$overlay TRITON_INTERPRET=1 $(pytest) $(brief) tests/ops
+
+test-wheel: $(VENV)/.installed-dev
+	scripts/test_wheel.sh -n auto --maxprocesses 8 --dist worksteal -q $(brief)
+
+thorough: $(VENV)/.installed-dev
+	$(pytest) --hypothesis-profile thorough --property-cases 10000 -k property
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

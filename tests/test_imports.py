@@ -1,0 +1,171 @@
+"""Imports inside hymba go one way: each room names what it may know, and every import is held to it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Found without being imported: a wrong arrow may be what breaks the import.
+PACKAGE = Path(importlib.util.find_spec("hymba").submodule_search_locations[0])
+KERNELS = frozenset(
+    {"triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "causal_conv1d_cuda", "flash_attn"}
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A module or folder directly under hymba/, and what its files may import."""
+
+    hymba: frozenset[str]
+    packages: frozenset[str] | None = None  # None: any but `refused`
+    refused: frozenset[str] = KERNELS
+
+
+def room(inside: str = "", packages: str | None = None, refused: frozenset[str] = KERNELS) -> Room:
+    allowed = None if packages is None else frozenset(packages.split())
+    return Room(frozenset(inside.split()), allowed, refused)
+
+
+NO_TRANSFORMERS = KERNELS | {"transformers"}
+ROOMS = {
+    "ops": room(packages=" ".join({"torch", *KERNELS})),
+    "layout": room(packages=""),
+    "nn": room("ops", packages="torch einops"),
+    "config": room("layout"),
+    "cost": room("config layout", refused=NO_TRANSFORMERS),
+    "cache": room("nn ops config layout"),
+    "model": room("cache nn ops config layout"),
+    "hub": room("model cache nn ops config layout"),
+    "experiments": room("__init__ hub model cache nn ops config layout cost"),
+    "eval": room("__init__ hub model cache nn ops config layout cost"),
+    "cli": room("__init__ experiments eval hub model cache nn ops config layout cost"),
+    # The package itself gathers the public names and registers the Auto classes.
+    "__init__": room("hub model cache nn ops config layout cost"),
+    "__main__": room("cli"),
+}
+
+
+def imported(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Every (line, dotted name) that a file imports, wherever it stands, relative names made absolute."""
+    parts = module.split(".")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                above = parts[: len(parts) - node.level + is_package]
+                origin = ".".join([*above, origin] if origin else above)
+            for alias in node.names:
+                # `from hymba import ops` names a room only in its last part.
+                yield node.lineno, f"{origin}.{alias.name}" if origin == "hymba" else origin
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func)
+            if called in {"__import__", "import_module", "importlib.import_module"}:
+                yield node.lineno, str(node.args[0].value)
+
+
+def wrong_arrows(package: Path) -> list[str]:
+    """Every import under `package` that ROOMS does not allow, as "file:line: what and what is allowed"."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        here = relative.parts[0].removesuffix(".py")
+        if here not in ROOMS:
+            found.append(f"{relative}: no room '{here}' in {Path(__file__).name}; name what it may import")
+            continue
+        rules = ROOMS[here]
+        names = [package.name, *relative.with_suffix("").parts]
+        is_package = names[-1] == "__init__"
+        module = ".".join(names[:-1] if is_package else names)
+        for line, name in imported(ast.parse(path.read_text("utf-8")), module, is_package):
+            top, _, rest = name.partition(".")
+            if top == "hymba":
+                # A name that is no room is a public name of the package itself.
+                target = rest.partition(".")[0]
+                target = target if target in ROOMS else "__init__"
+                ok = target == here or target in rules.hymba
+                allowed = rules.hymba
+            elif top in sys.stdlib_module_names:
+                continue
+            else:
+                ok = top not in rules.refused if rules.packages is None else top in rules.packages
+                allowed = (
+                    {f"all but {', '.join(sorted(rules.refused))}"}
+                    if rules.packages is None
+                    else rules.packages
+                )
+            if not ok:
+                may = ", ".join(sorted(allowed)) or "only the standard library"
+                found.append(f"{relative}:{line}: '{here}' must not import {name} (allowed: {may})")
+    return found
+
+
+def test_the_package_has_no_wrong_arrow() -> None:
+    assert not wrong_arrows(PACKAGE)
+
+
+def test_the_walk_sees_the_package() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} >= {"__init__", "config", "layout"}
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("ops/scan.py", "import hymba.nn.norm", "ops/scan.py:1: 'ops' must not import hymba.nn.norm"),
+        ("ops/scan.py", "from ..nn import norm", "'ops' must not import hymba.nn"),
+        ("ops/triton/scan.py", "from ...nn.norm import RMSNorm", "'ops' must not import hymba.nn.norm"),
+        ("ops/__init__.py", "from .. import nn", "'ops' must not import hymba.nn"),
+        ("ops/scan.py", "import einops", "'ops' must not import einops (allowed: causal_conv1d,"),
+        ("layout.py", "import torch", "'layout' must not import torch (allowed: only the standard library)"),
+        (
+            "nn/block.py",
+            "\n\ndef f():\n    from hymba import model",
+            "nn/block.py:4: 'nn' must not import hymba.model",
+        ),
+        ("nn/block.py", "import transformers", "'nn' must not import transformers"),
+        ("nn/block.py", "import hymba", "'nn' must not import hymba "),
+        ("nn/block.py", "from hymba import HymbaConfig", "'nn' must not import hymba.HymbaConfig"),
+        (
+            "cost.py",
+            "if TYPE_CHECKING:\n    import transformers",
+            "cost.py:2: 'cost' must not import transformers",
+        ),
+        (
+            "model.py",
+            "import_module('mamba_ssm.ops')",
+            "'model' must not import mamba_ssm.ops (allowed: all but",
+        ),
+        ("model.py", "from hymba.experiments import train", "'model' must not import hymba.experiments"),
+        ("extra.py", "", "extra.py: no room 'extra'"),
+    ],
+)
+def test_a_planted_wrong_arrow_is_found(tmp_path: Path, file: str, source: str, message: str) -> None:
+    planted = tmp_path / "hymba" / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(source)
+    (found,) = wrong_arrows(tmp_path / "hymba")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("ops/triton/scan.py", "import torch\nimport triton.language as tl\nfrom ..backend import resolve"),
+        ("nn/block.py", "from hymba.ops import selective_scan\nfrom .norm import RMSNorm\nimport einops"),
+        ("cli.py", "import typer\nfrom hymba.experiments.train import main\nimport hymba.hub"),
+        ("__init__.py", "from hymba.config import HymbaConfig\nfrom .model import HymbaModel"),
+    ],
+)
+def test_a_right_arrow_is_let_through(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / "hymba" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert wrong_arrows(tmp_path / "hymba") == []

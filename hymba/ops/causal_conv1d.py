@@ -1,0 +1,328 @@
+"""Depthwise causal convolution with state: reference, PyTorch version with its own backward, decode step.
+
+Letters: b rows, l steps, d channels, k taps. Per row and channel
+
+    pre_t = bias + sum_i w[k-1-i] x_{t-i}       y_t = silu(pre_t)
+
+where x_{-1}, x_{-2}, ... come from the state: the k - 1 inputs before the first, oldest first. In a packed row
+the inputs before each document's first step come from the state too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend as _backend
+from ._checks import check_lengths, check_seq_idx, check_shape, compute_dtype, document_starts, no_autocast
+
+OP = "causal_conv1d"
+ACTIVATIONS = ("silu", None)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Convolve whole sequences.
+
+    Args:
+        x: (b, l, d). weight: (d, k). bias: (d,).
+        initial_state: (b, k-1, d), or (1, k-1, d) shared by all rows: the inputs before the first; None is zeros.
+        lengths: (b,) integers. Steps t >= lengths[row] give y = 0 and do not enter the final state.
+        seq_idx: (b, l) int32, a packed row: taps that would cross a document's start read initial_state.
+        activation: "silu" or None.
+        backend: "auto", or a name from ``hymba.ops.backend.available()`` that must serve this call.
+
+    Returns:
+        y (b, l, d) and the last k-1 real inputs (b, k-1, d), reaching back into initial_state; both in x.dtype and
+        both carrying gradients to every floating input.
+
+    Raises:
+        ValueError: a shape that does not fit, an unknown activation.
+        hymba.ops.backend.BackendError: a forced backend that cannot serve this call, with the reason.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, length, channels)")
+    b, l, d = x.shape
+    if weight.dim() != 2 or weight.shape[0] != d:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({d}, taps)")
+    k = weight.shape[1]
+    if bias is not None:
+        check_shape("bias", bias, (d,))
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (b, k - 1, d), (1, k - 1, d))
+    check_lengths(lengths, b)
+    check_seq_idx(seq_idx, b, l)
+    _check_activation(activation)
+    call = _backend.Call(x, initial_state=initial_state is not None, lengths=lengths is not None,
+                         seq_idx=seq_idx is not None, sizes={"k": k})
+    run = _backend.resolve(OP, backend, call)
+    return run(x, weight, bias, initial_state, lengths, seq_idx, activation)
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def _document_offsets(b: int, l: int, lengths: Tensor | None, seq_idx: Tensor | None, device: torch.device) -> Tensor:
+    """(b, l) int64: how many steps of the same document lie before each step."""
+    t = torch.arange(l, device=device).expand(b, l)
+    if seq_idx is None:
+        return t
+    return t - torch.where(document_starts(seq_idx, lengths), t, 0).cummax(1).values
+
+
+def _window_index(offset: Tensor, lengths: Tensor | None, k: int) -> Tensor:
+    """Where the final state comes from: (b, k-1) indices into cat(initial_state, x) along time, oldest first."""
+    b, l = offset.shape
+    age = torch.arange(k - 2, -1, -1, device=offset.device)  # 0 is the newest input
+    last = (torch.full((b, 1), l, device=offset.device) if lengths is None else lengths.long()[:, None].clamp(0, l)) - 1
+    if l == 0:
+        return (k - 2 - age).expand(b, k - 1)
+    seen = torch.where(last >= 0, offset.gather(1, last.clamp_min(0)) + 1, 0)
+    return torch.where(age < seen, k - 1 + last - age, k - 2 - (age - seen))
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:
+    """Tap by tap through a gather, differentiated by autograd: the oracle for every other version. Same contract."""
+    b, l, d = x.shape
+    k = weight.shape[1]
+    ct = compute_dtype(x)
+    h0 = x.new_zeros(1, k - 1, d) if initial_state is None else initial_state
+    padded = torch.cat([h0.to(ct).expand(b, k - 1, d), x.to(ct)], 1)
+    offset = _document_offsets(b, l, lengths, seq_idx, x.device)
+    t = torch.arange(l, device=x.device)
+    y = x.new_zeros(b, l, d, dtype=ct)
+    for i in range(k):
+        index = torch.where(offset >= i, k - 1 + t - i, k - 1 - i + offset)
+        y = y + weight[:, k - 1 - i].to(ct) * padded.gather(1, index[..., None].expand(b, l, d))
+    if bias is not None:
+        y = y + bias.to(ct)
+    if activation == "silu":
+        y = F.silu(y)
+    if lengths is not None:
+        y = torch.where((t < lengths[:, None])[..., None], y, 0.0)
+    index = _window_index(offset, lengths, k)[..., None].expand(b, k - 1, d)
+    return y.to(x.dtype), padded.gather(1, index).to(x.dtype)
+
+
+def conv_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None,
+    seq_idx: Tensor | None, activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Shifted multiply-adds as one custom op (what ``backend="torch"`` runs). Same contract as ``causal_conv1d``."""
+    return _conv_op(x, weight, bias, initial_state, lengths, seq_idx, activation == "silu")
+
+
+class _Taps:
+    """What forward and backward share. Channels stay innermost, so a tap is one multiply-add over the whole row."""
+
+    def __init__(self, x: Tensor, weight: Tensor, initial_state: Tensor | None, lengths: Tensor | None,
+                 seq_idx: Tensor | None) -> None:
+        self.b, self.l, self.d = x.shape
+        self.k = weight.shape[1]
+        self.ct = compute_dtype(x)
+        self.w = weight.to(self.ct).t().contiguous()
+        h0 = x.new_zeros(1, self.k - 1, self.d) if initial_state is None else initial_state
+        self.h0 = h0.to(self.ct).expand(self.b, self.k - 1, self.d)
+        self.pad = None if lengths is None else torch.arange(self.l, device=x.device) >= lengths[:, None]
+        self.offset = _document_offsets(self.b, self.l, lengths, seq_idx, x.device)
+        self.packed = seq_idx is not None
+        self.x = x.to(self.ct)
+        if self.pad is not None:
+            self.x = self.x.masked_fill(self.pad[..., None], 0.0)
+
+    def inside(self, i: int) -> Tensor:
+        """(b, l - i, 1): 1 where x_{t-i} is of the document of t, for t >= i."""
+        return (self.offset[:, i:] >= i).to(self.ct)[..., None]
+
+    def before(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and steps whose input i steps back lies before their document, and its place in the state."""
+        if self.packed:
+            rows, t = (self.offset < i).nonzero(as_tuple=True)
+        else:
+            m = min(i, self.l)
+            rows = torch.arange(self.b, device=self.x.device).repeat_interleave(m)
+            t = torch.arange(m, device=self.x.device).repeat(self.b)
+        return rows, t, self.k - 1 - i + self.offset[rows, t]
+
+    def pre(self, bias: Tensor | None) -> Tensor:
+        """The convolution before its activation, (b, l, d)."""
+        out = self.x * self.w[self.k - 1]
+        if bias is not None:
+            out += bias.to(self.ct)
+        for i in range(1, self.k):
+            w = self.w[self.k - 1 - i]
+            if i < self.l:
+                past = self.x[:, : self.l - i]
+                out[:, i:].addcmul_(past * self.inside(i) if self.packed else past, w)
+            rows, t, at = self.before(i)
+            out.index_put_((rows, t), w * self.h0[rows, at], accumulate=True)
+        return out
+
+
+@torch.library.custom_op("hymba::causal_conv1d", mutates_args=())
+def _conv_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None,
+    seq_idx: Tensor | None, silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns y and the final state."""
+    with no_autocast(x):
+        taps = _Taps(x, weight, initial_state, lengths, seq_idx)
+        y = taps.pre(bias)
+        if silu:
+            F.silu(y, inplace=True)
+        if taps.pad is not None:
+            y.masked_fill_(taps.pad[..., None], 0.0)
+        # The window is read from the inputs themselves: nothing to round, nothing to convert.
+        h0 = x.new_zeros(1, taps.k - 1, taps.d) if initial_state is None else initial_state.to(x.dtype)
+        index = _window_index(taps.offset, lengths, taps.k)
+        rows = torch.arange(taps.b, device=x.device)[:, None]
+        if taps.l == 0:
+            final = h0.expand(taps.b, -1, -1)
+        else:
+            from_x = x[rows, (index - (taps.k - 1)).clamp_min(0)]
+            from_h0 = h0.expand(taps.b, -1, -1)[rows, index.clamp_max(taps.k - 2)]
+            final = torch.where((index >= taps.k - 1)[..., None], from_x, from_h0)
+        return y.to(x.dtype), final.clone(memory_format=torch.contiguous_format)
+
+
+@_conv_op.register_fake
+def _(x, weight, bias, initial_state, lengths, seq_idx, silu):  # type: ignore[no-untyped-def]
+    b, _, d = x.shape
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(b, weight.shape[1] - 1, d)
+
+
+@torch.library.custom_op("hymba::causal_conv1d_backward", mutates_args=())
+def _conv_backward_op(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
+    initial_state: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None, silu: bool,
+) -> list[Tensor]:
+    """Gradients of x, weight, bias, initial_state in that order; empty where the input is None."""
+    with no_autocast(x):
+        taps = _Taps(x, weight, initial_state, lengths, seq_idx)
+        b, l, d, k, ct = taps.b, taps.l, taps.d, taps.k, taps.ct
+        g = x.new_zeros(b, l, d, dtype=ct) if dy is None else dy.to(ct)
+        if silu and dy is not None:
+            pre = taps.pre(bias)
+            sig = torch.sigmoid(pre)
+            g = g * sig.addcmul(pre * sig, 1 - sig)
+        if taps.pad is not None:
+            g = g.masked_fill(taps.pad[..., None], 0.0)
+        dx = g * taps.w[k - 1]
+        dw = torch.empty_like(taps.w)
+        dw[k - 1] = (g * taps.x).sum((0, 1))
+        dh0 = x.new_zeros(b, k - 1, d, dtype=ct)
+        for i in range(1, k):
+            w = taps.w[k - 1 - i]
+            rows, t, at = taps.before(i)
+            edge = g[rows, t]
+            dw[k - 1 - i] = (edge * taps.h0[rows, at]).sum(0)
+            dh0.index_put_((rows, at), edge * w, accumulate=True)
+            if i < l:
+                later = g[:, i:] * taps.inside(i) if taps.packed else g[:, i:]
+                dw[k - 1 - i] += (later * taps.x[:, : l - i]).sum((0, 1))
+                dx[:, : l - i].addcmul_(later, w)
+        if dfinal is not None:
+            index = _window_index(taps.offset, lengths, k)
+            rows = torch.arange(b, device=x.device)[:, None].expand(b, k - 1)
+            own = index >= k - 1
+            dfinal = dfinal.to(ct)
+            dx.index_put_((rows[own], index[own] - (k - 1)), dfinal[own], accumulate=True)
+            dh0.index_put_((rows[~own], index[~own]), dfinal[~own], accumulate=True)
+        none = x.new_empty(0)
+        if initial_state is None:
+            d_initial = none
+        else:
+            d_initial = dh0.sum_to_size(initial_state.shape).to(initial_state.dtype)
+        return [dx.to(x.dtype), dw.t().to(weight.dtype).contiguous(),
+                none.clone() if bias is None else g.sum((0, 1)).to(bias.dtype), d_initial]
+
+
+@_conv_backward_op.register_fake
+def _(dy, dfinal, x, weight, bias, initial_state, lengths, seq_idx, silu):  # type: ignore[no-untyped-def]
+    return [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
+            for v in (x, weight, bias, initial_state)]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
+    tensors = ctx.saved_tensors
+    grads = _conv_backward_op(dy, dfinal, *tensors, ctx.silu)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors[:4], strict=True)), None, None, None)
+
+
+_conv_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def causal_conv1d_update(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """One decode step; ``state`` (b, k-1, d), the last inputs, oldest first, is updated in place.
+
+    Args:
+        x: (b, d). weight (d, k) and bias (d,) as in ``causal_conv1d``.
+        valid: (b,) bool; a False row keeps its state and gives y = 0.
+
+    Returns:
+        y (b, d) in x.dtype.
+    """
+    b, d = x.shape
+    check_shape("state", state, (b, weight.shape[1] - 1, d))
+    _check_activation(activation)
+    run = _backend.resolve("causal_conv1d_update", backend, _backend.Call(x, sizes={"k": weight.shape[1]}))
+    return run(state, x, weight, bias, valid, activation)
+
+
+def conv_update_torch(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, activation: str | None,
+) -> Tensor:
+    """``causal_conv1d_update`` in plain PyTorch operations."""
+    ct = compute_dtype(x)
+    window = torch.cat([state.to(x.dtype), x[:, None]], 1)
+    y = (window.to(ct) * weight.to(ct).t()).sum(1)
+    if bias is not None:
+        y = y + bias.to(ct)
+    if activation == "silu":
+        y = F.silu(y)
+    new = window[:, 1:].to(state.dtype)
+    if valid is not None:
+        new = torch.where(valid[:, None, None], new, state)
+        y = torch.where(valid[:, None], y, 0.0)
+    state.copy_(new)
+    return y.to(x.dtype)
+
+
+_backend.register(OP, "reference", causal_conv1d_ref, auto=False)
+_backend.register(OP, "torch", conv_torch)
+_backend.register("causal_conv1d_update", "torch", conv_update_torch)

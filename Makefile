@@ -4,7 +4,7 @@ python := $(VENV)/bin/python
 export VENV
 
 # Workers share the cores with the tensor library's threads (tests/conftest.py); worksteal evens out long tests.
-pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal -q
+pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Runs that look for a wrong version or a missing file, not for a wrong number.
 brief := --hypothesis-profile brief -m "not slow"
 
@@ -52,7 +52,7 @@ test-interpreter: $(VENV)/.installed-dev
 		PYTHONPATH=$$overlay TRITON_INTERPRET=1 $(pytest) $(brief) tests/ops
 
 test-wheel: $(VENV)/.installed-dev
-	scripts/test_wheel.sh -n auto --maxprocesses 8 --dist worksteal -q $(brief)
+	scripts/test_wheel.sh -n auto --maxprocesses 8 --dist worksteal $(brief)
 
 thorough: $(VENV)/.installed-dev
 	$(pytest) --hypothesis-profile thorough --property-cases 10000 -k property

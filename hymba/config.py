@@ -268,11 +268,16 @@ class HymbaConfig(PreTrainedConfig):
         if self.hidden_size % heads:
             refuse("num_attention_heads", f"divisors of hidden_size={self.hidden_size}")
         if self.head_dim % 2:
-            refuse("hidden_size", f"values whose head width hidden_size / {heads} is even (rotary needs pairs)")
+            refuse(
+                "hidden_size", f"values whose head width hidden_size / {heads} is even (rotary needs pairs)"
+            )
         if heads % self.num_key_value_heads:
             refuse("num_key_value_heads", f"divisors of num_attention_heads={heads}")
         if self.v_head_dim != self.d_inner // heads:
-            refuse("v_head_dim", f"mamba_expand * hidden_size / num_attention_heads = {self.d_inner // heads}, or null")
+            refuse(
+                "v_head_dim",
+                f"mamba_expand * hidden_size / num_attention_heads = {self.d_inner // heads}, or null",
+            )
         if self.rope_type == "ntk":
             if self.head_dim == 2:
                 refuse("rope_type", '"default" with a head width of 2')
@@ -304,7 +309,9 @@ class HymbaConfig(PreTrainedConfig):
         known.pop("attn_implementation", None)
         if "attn_implementation" in kwargs:
             known["attn_implementation"] = kwargs.pop("attn_implementation")
-        for key in [k for k in kwargs if k in fields or k in ("torch_dtype", "output_attentions", "name_or_path")]:
+        for key in [
+            k for k in kwargs if k in fields or k in ("torch_dtype", "output_attentions", "name_or_path")
+        ]:
             if key in ("dtype", "torch_dtype"):
                 # `from_pretrained` needs it too, so it stays among the unused ones.
                 if kwargs[key] != "auto":
@@ -315,7 +322,9 @@ class HymbaConfig(PreTrainedConfig):
         for key in ("_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(key, None)
         if not return_unused:
-            unknown = [k for k in kwargs if k not in ("dtype", "torch_dtype", "trust_remote_code", "code_revision")]
+            unknown = [
+                k for k in kwargs if k not in ("dtype", "torch_dtype", "trust_remote_code", "code_revision")
+            ]
             if unknown:
                 named = "; ".join(f"{k}={kwargs[k]!r}.{nearest(k, fields)}" for k in unknown)
                 raise ConfigError(f"HymbaConfig has no field {named}")

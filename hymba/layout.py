@@ -88,7 +88,9 @@ def released_layers(
                 "the same thing; set one of them (-1 or null switches the other off)"
             )
         if every < 1:
-            raise LayoutError(f"kv_reuse_every_i_layer={every}: allowed: -1 (off) or a number of layers from 1")
+            raise LayoutError(
+                f"kv_reuse_every_i_layer={every}: allowed: -1 (off) or a number of layers from 1"
+            )
         kv_groups = [
             list(range(start, min(start + every, num_layers))) for start in range(0, num_layers, every)
         ]

@@ -1,0 +1,140 @@
+"""What `generate` needs to know about Hymba: entry checks, cache choice, rows that end early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import StoppingCriteriaList
+
+from hymba.cache import CacheError, HymbaCache, as_hymba_cache
+from hymba.inputs import InputError, check_ids, check_mask
+
+_FINISHED = "finished_rows"
+
+
+class FinishedRows(StoppingCriteriaList):
+    """Stopping criteria that remember which rows they have stopped.
+
+    A row that has ended is fed padding until the last row ends. Its new columns are masked, so that its state stays
+    what its own tokens made it, and the returned cache can be continued.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self.done: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        stopped = super().__call__(input_ids, scores, **kwargs)
+        self.done = stopped if self.done is None else self.done | stopped
+        return stopped
+
+
+class HymbaGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for models whose rows may be padded anywhere and whose cache is a `HymbaCache`."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, with inputs checked once on the host before anything runs.
+
+        Raises:
+            InputError: ids out of range, zero tokens, a bad mask, right padding, a mask that contradicts the cache.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        embeds = kwargs.get("inputs_embeds")
+        past = kwargs.get("past_key_values")
+        if past is not None:
+            past = kwargs["past_key_values"] = as_hymba_cache(past, self.config)
+        if isinstance(ids, Tensor) and not (embeds is not None and ids.shape[1] == 0):
+            check_ids(ids, self.config.vocab_size, read=True)
+        tokens = embeds if embeds is not None else ids
+        mask = kwargs.get("attention_mask")
+        if isinstance(tokens, Tensor):
+            self._check_batch(tokens, mask, past)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _check_batch(self, tokens: Tensor, mask: Tensor | None, past: HymbaCache | None) -> None:
+        rows, length = tokens.shape[:2]
+        columns = 0 if past is None else past.columns
+        if mask is None:
+            if columns and length <= columns:
+                raise InputError(
+                    f"input_ids has {length} tokens and the cache holds {columns}; pass the whole sequence, or the new "
+                    "tokens with an attention_mask that covers the whole sequence"
+                )
+        else:
+            check_mask(mask, rows=rows, columns=max(length, mask.shape[-1]) if columns else length, need_real=True,
+                       read=True)  # fmt: skip
+            if bool((mask[:, -1] == 0).any()):
+                raise InputError(
+                    "attention_mask ends with padding: generate() continues from the last column, so prompts are "
+                    "padded on the left; set padding_side='left' on the tokenizer"
+                )
+        if past is not None and columns:
+            held = past.valid_columns()
+            given = None if mask is None else mask[:, :columns] != 0
+            if held is None:
+                agree = given is None or bool(given.all())
+            else:
+                agree = given is not None and bool((given == held.to(given.device)).all())
+            if not agree:
+                raise CacheError(
+                    f"attention_mask disagrees with the cache about which of its {columns} columns are padding; pass "
+                    "the mask that the cache was filled with (cache.valid_columns(); rows that ended early count their "
+                    "padding as 0), or start a new cache"
+                )
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        # Padding is never guessed from token ids: the release pads with id 0, which is a token like any other.
+        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        kind = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation={kind!r}: allowed: 'dynamic', 'static'")
+        length = None
+        if kind == "static":
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=length)
+        return None
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.pop(_FINISHED, None)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        finished = updated.get(_FINISHED)
+        mask = updated.get("attention_mask")
+        if finished is not None and finished.done is not None and mask is not None:
+            mask[:, -1] = torch.where(finished.done.to(mask.device), 0, mask[:, -1])
+        return updated
+
+    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:  # type: ignore[override]
+        if input_ids.shape[0] > 1 and kwargs.get("past_key_values") is not None:
+            stopping_criteria = FinishedRows(stopping_criteria)
+            kwargs[_FINISHED] = stopping_criteria
+            if kwargs.get("attention_mask") is None:
+                columns = input_ids.shape[1]
+                embeds = kwargs.get("inputs_embeds")
+                if embeds is not None and columns == 0:
+                    columns = embeds.shape[1]
+                columns = max(columns, getattr(kwargs["generation_config"], "_mask_length", 0) or 0)
+                kwargs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], columns)
+        return super()._sample(input_ids, stopping_criteria=stopping_criteria, **kwargs)

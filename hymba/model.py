@@ -1,0 +1,471 @@
+"""`HymbaModel` and `HymbaForCausalLM`: the only readers of the configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from hymba.cache import HymbaCache, as_hymba_cache
+from hymba.config import HymbaConfig
+from hymba.generation import HymbaGenerationMixin
+from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents
+from hymba.loading import CheckpointMixin
+from hymba.nn import HymbaBlock, LayerState, MetaTokens, RMSNorm, SharedKV, Span, run_prefix
+from hymba.nn.init import initialise
+
+# What transformers' collators, Trainer and generate() send along and the model has no use for.
+_IGNORED = frozenset(
+    "cu_seq_lens_k max_length_q max_length_k max_seq_lens cache_position token_type_ids is_first_iteration "
+    "num_items_in_batch output_router_logits".split()
+)
+_FORWARD = (
+    "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache logits_to_keep "
+    "output_attentions output_hidden_states seq_idx cu_seq_lens_q return_dict"
+).split()
+
+
+class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = HymbaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HymbaBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # Nothing to roll back an SSM state with: generate() refuses assisted decoding.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            initialise(
+                self,
+                std=self.config.initializer_range,
+                skip=lambda parameter: getattr(parameter, "_is_hf_initialized", False),
+            )
+
+    def initialize_weights(self) -> None:
+        """Initialise every parameter that was not loaded, by the table in `hymba.nn.init`."""
+        self._init_weights(self)
+        for module in self.modules():
+            module._is_hf_initialized = True
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """As in transformers, non-reentrant only: the re-entrant form drops gradients through states and shared KV."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True}: allowed: use_reentrant=False"
+            )
+        super().gradient_checkpointing_enable(
+            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        )
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        self._set_attention()
+
+    def _set_attention(self) -> None:
+        eager = self.config._attn_implementation == "eager"
+        for module in self.modules():
+            if isinstance(module, HymbaBlock):
+                module.mixer.attention.implementation = "eager" if eager else "sdpa"
+
+
+class HymbaModel(HymbaPreTrainedModel):
+    """The network without its head.
+
+    The meta tokens are run once per call or cache, at batch 1, and every row starts from the state that they leave
+    behind (`hymba.nn.run_prefix`); this is exactly the prepended form of the paper's section 2.3.
+    """
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        specs = config.layers
+        self.lenders = tuple(spec.kv_from for spec in specs)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.meta_tokens = None
+        if config.num_memory_tokens:
+            self.meta_tokens = MetaTokens(num_tokens=config.num_memory_tokens, hidden_size=config.hidden_size)
+        self.layers = nn.ModuleList(
+            HymbaBlock(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size if spec.ffn else None,
+                activation=config.mlp_hidden_act,
+                eps=config.rms_norm_eps,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                expand=config.mamba_expand,
+                d_state=config.mamba_d_state,
+                d_conv=config.mamba_d_conv,
+                dt_rank=int(config.mamba_dt_rank),
+                window=spec.window,
+                borrows_kv=spec.kv_from is not None,
+                rope_base=config.rope_base,
+                qk_norm=config.kq_norm,
+                dropout=float(config.attention_dropout),
+                bias=config.mamba_proj_bias,
+            )
+            for spec in specs
+        )
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self._frozen: dict[Any, list[LayerState]] | None = None
+        self.post_init()
+        self._set_attention()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    # Meta tokens.
+
+    def meta_state(self) -> list[LayerState]:
+        """The state of every layer after the meta tokens, batch 1, with gradients to meta tokens and weights.
+
+        Computed from the current weights at each call; inside `frozen_meta_state()` once, unless gradients are on.
+        """
+        if self.meta_tokens is None:
+            return [LayerState() for _ in self.layers]
+        if self._frozen is None or torch.is_grad_enabled():
+            return run_prefix(self.layers, self.meta_tokens(), lenders=self.lenders)[0]
+        device = self.meta_tokens.weight.device.type
+        key = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if key not in self._frozen:
+            self._frozen[key] = run_prefix(self.layers, self.meta_tokens(), lenders=self.lenders)[0]
+        return self._frozen[key]
+
+    @contextlib.contextmanager
+    def frozen_meta_state(self) -> Iterator[None]:
+        """Keep the meta state between calls, for as long as this scope is open.
+
+        Promise: nothing changes the weights, adapters or hooks inside. Outside such a scope the meta state is computed
+        anew for every cache and every call without one, because no counter shows that weights have changed.
+        """
+        before = self._frozen
+        self._frozen = {} if before is None else before
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    # Forward.
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run text through the network.
+
+        Args:
+            input_ids: (b, l) token ids; or `inputs_embeds` (b, l, hidden_size).
+            attention_mask: (b, past + l), 1 for real tokens, 0 for padding, which may stand anywhere. A masked
+                position changes nothing and gets zeros.
+            position_ids: text positions from 0. Without a cache they may start again at each document of a packed
+                row; with a cache they are counted by it and must agree.
+            past_key_values: a `HymbaCache`, or an empty stock cache, which is turned into one.
+            use_cache: return a cache; by default when not training and nothing is packed.
+            seq_idx, cu_seq_lens_q: documents of packed rows, as transformers' padding-free collators send them.
+            output_attentions: attention weights (b, heads, l, meta + past + l) per layer, meta columns first.
+
+        Returns:
+            `last_hidden_state` (b, l, hidden_size): one row per text token, as in all of the output.
+        """
+        check_keywords(kwargs, _IGNORED, _FORWARD, "HymbaModel.forward")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        if (
+            inputs_embeds.dim() != 3
+            or inputs_embeds.shape[2] != self.config.hidden_size
+            or 0 in inputs_embeds.shape
+        ):
+            raise InputError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens from 1, "
+                f"{self.config.hidden_size})"
+            )
+        rows, length = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+
+        packed = seq_idx is not None or cu_seq_lens_q is not None
+        cache = None if past_key_values is None else as_hymba_cache(past_key_values, self.config)
+        if cache is None:
+            if use_cache is None:
+                use_cache = (
+                    self.config.use_cache and not self.training and not packed and position_ids is None
+                )
+            if use_cache:
+                cache = HymbaCache(self.config)
+        if packed and cache is not None:
+            raise InputError(
+                "seq_idx and cu_seq_lens_q describe packed documents, which have no cache; set use_cache=False"
+            )
+
+        columns = 0 if cache is None else cache.columns
+        compaction = None
+        if attention_mask is not None:
+            given = past_key_values is None
+            check_mask(attention_mask, rows=rows, columns=columns + length, need_real=given)
+            compaction = Compaction.of(attention_mask[:, columns:].to(device))
+            inputs_embeds = compaction.pack(inputs_embeds)
+        lengths = None if compaction is None else compaction.lengths
+
+        span = self._span(
+            cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q
+        )
+        states = self._start(cache, rows)
+        if cache is not None:
+            cache._interrupted = True
+        x, hidden, weights = self._run(
+            inputs_embeds, states, span, cache, output_hidden_states, output_attentions
+        )
+        if cache is not None:
+            cache.advance(span, None if compaction is None else compaction.valid)
+            cache._interrupted = False
+
+        x = self.final_norm(x)
+        if hidden is not None:
+            hidden.append(x)
+        if compaction is not None:
+            x = compaction.unpack(x)
+            hidden = None if hidden is None else [compaction.unpack(h) for h in hidden]
+        attentions = None
+        if weights is not None:
+            valid = None if cache is None else cache.valid_columns()
+            attentions = tuple(self._by_column(w, span, compaction, valid) for w in weights)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache is not False else None,
+            hidden_states=None if hidden is None else tuple(hidden),
+            attentions=attentions,
+        )
+
+    def _span(
+        self,
+        cache: HymbaCache | None,
+        rows: int,
+        length: int,
+        device: torch.device,
+        lengths: Tensor | None,
+        compaction: Compaction | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens: Tensor | None,
+    ) -> Span:
+        meta = self.config.num_memory_tokens
+        if cache is not None:
+            span = cache.span(length, lengths, rows=rows, device=device)
+            if position_ids is not None and position_ids.device.type == "cpu":
+                self._check_positions(position_ids, span, compaction)
+            return span
+        span = Span.following(length, lengths=lengths, offset=meta, device=device)
+        packed = documents(
+            rows=rows,
+            length=length,
+            device=device,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens,
+            compaction=compaction,
+        )
+        if packed is not None:
+            span.positions, span.seq_idx = packed
+        return span
+
+    @staticmethod
+    def _check_positions(position_ids: Tensor, span: Span, compaction: Compaction | None) -> None:
+        given = position_ids.reshape(-1, position_ids.shape[-1])
+        if given.shape[1] != span.length:
+            raise InputError(
+                f"position_ids has shape {tuple(position_ids.shape)}; expected (batch, {span.length})"
+            )
+        expected = span.positions.cpu()
+        if compaction is not None:
+            valid = compaction.valid.cpu()
+            expected = compaction.unpack(expected.expand(valid.shape[0], -1))
+            given, expected = torch.where(valid, given, 0), torch.where(valid, expected, 0)
+        if not bool((given == expected).all()):
+            raise InputError(
+                f"position_ids={position_ids.tolist()} are not the positions that the cache counts, "
+                f"{expected.tolist()}; leave them out, or set use_cache=False for packed documents"
+            )
+
+    def _start(self, cache: HymbaCache | None, rows: int) -> list[LayerState]:
+        if cache is None:
+            return self.meta_state()
+        if not cache.started:
+            cache.begin(self.meta_state(), rows)
+        return cache.layers
+
+    def _run(
+        self,
+        x: Tensor,
+        states: list[LayerState],
+        span: Span,
+        cache: HymbaCache | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:
+        """All layers; the hidden states before each and the attention weights with their key positions."""
+        want_hidden = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        want_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        hidden: list[Tensor] | None = [] if want_hidden else None
+        weights: list[list[Tensor]] | None = [] if want_weights else None
+        lends = set(self.lenders)
+        shared: dict[int, SharedKV] = {}
+        for i, layer in enumerate(self.layers):
+            if hidden is not None:
+                hidden.append(x)
+            lender = self.lenders[i]
+            collected: list[Tensor] | None = None if weights is None else []
+            call = partial(layer.__call__, span=span, weights=collected)
+            if self.gradient_checkpointing and self.training:
+                x, state, kv = self._gradient_checkpointing_func(
+                    partial(call, kv=None if lender is None else shared[lender]), x, states[i]
+                )
+            else:
+                x, state, kv = call(x, states[i], kv=None if lender is None else shared[lender])
+            if i in lends:
+                shared[i] = kv
+            if cache is not None:
+                cache.layers[i] = state
+            if weights is not None and collected is not None:
+                weights.append([collected[0], kv.visibility.key])
+        return x, hidden, weights
+
+    def _by_column(
+        self, collected: list[Tensor], span: Span, compaction: Compaction | None, valid: Tensor | None
+    ) -> Tensor:
+        """Attention weights by input column: (b, h, l, meta + columns), zero where nothing is seen."""
+        weights, positions = collected
+        b, heads, length, keys = weights.shape
+        meta = keys - positions.shape[1]
+        total = span.columns + span.length
+        if span.seq_idx is not None:
+            # Packed rows: keys stand in input order already, positions start again at each document.
+            return weights
+        ranks = (
+            positions.clamp(min=0)
+            .expand(b, -1)[:, None, None]
+            .expand(b, heads, length, -1)
+            .to(weights.device)
+        )
+        text = weights.new_zeros(b, heads, length, total).scatter_add(3, ranks, weights[..., meta:])
+        if compaction is not None:
+            valid = compaction.valid if valid is None else valid
+        if valid is not None:
+            valid = valid.to(weights.device)
+            column = (valid.cumsum(dim=1) - 1).clamp(min=0)
+            text = text.gather(3, column[:, None, None].expand(b, heads, length, -1)) * valid[:, None, None]
+        out = torch.cat([weights[..., :meta], text], dim=3)
+        if compaction is not None:
+            out = compaction.unpack(out.transpose(1, 2)).transpose(1, 2)
+        return out
+
+
+class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
+    """Hymba with a language-model head; logits in float32."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.model = HymbaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def frozen_meta_state(self) -> contextlib.AbstractContextManager[None]:
+        """`HymbaModel.frozen_meta_state`."""
+        return self.model.frozen_meta_state()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """`HymbaModel.forward`, then the head.
+
+        Args:
+            labels: (b, l) targets, -100 to leave out; shifted inside. The loss is the mean over targets, or their sum
+                over `num_items_in_batch` when the Trainer passes it.
+            logits_to_keep: logits of the last n positions only (0 for all), or of the positions in a tensor.
+
+        Returns:
+            `logits` (b, kept, vocab) float32 and, with labels, `loss`.
+        """
+        check_keywords(kwargs, _IGNORED | {"shift_labels"}, _FORWARD, "HymbaForCausalLM.forward")
+        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **loss_kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,30 @@
+"""Building blocks, each usable alone with keyword arguments."""
+
+from hymba.nn.attention import AttentionHeads, SharedKV
+from hymba.nn.block import HymbaBlock
+from hymba.nn.hybrid import HybridHeads
+from hymba.nn.mamba import MambaHeads
+from hymba.nn.meta import MetaTokens, run_prefix
+from hymba.nn.mlp import MLP
+from hymba.nn.norm import HeadNorm, RMSNorm, rms_norm
+from hymba.nn.rope import apply_rope, rope_tables
+from hymba.nn.state import KVState, LayerState, Span
+
+__all__ = [
+    "MLP",
+    "AttentionHeads",
+    "HeadNorm",
+    "HybridHeads",
+    "HymbaBlock",
+    "KVState",
+    "LayerState",
+    "MambaHeads",
+    "MetaTokens",
+    "RMSNorm",
+    "SharedKV",
+    "Span",
+    "apply_rope",
+    "rms_norm",
+    "rope_tables",
+    "run_prefix",
+]

@@ -1,0 +1,60 @@
+"""A layer: mixer, then MLP, each behind a norm and added to the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hymba.nn.attention import SharedKV
+from hymba.nn.hybrid import HybridHeads
+from hymba.nn.mlp import MLP
+from hymba.nn.norm import RMSNorm
+from hymba.nn.state import LayerState, Span
+
+
+class HymbaBlock(nn.Module):
+    """`x += mixer(norm(x))`, then `x += mlp(norm(x))` (section 2.2 of the specification).
+
+    Args:
+        hidden_size: width of the residual stream.
+        intermediate_size: inner width of the MLP; `None` leaves the MLP out.
+        activation: of the MLP, `"silu"` or `"relu2"`.
+        eps: of the norms.
+        **mixer: keyword arguments of `HybridHeads`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int | None,
+        activation: str = "silu",
+        eps: float = 1e-6,
+        **mixer: Any,
+    ) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(hidden_size, eps=eps)
+        self.mixer = HybridHeads(hidden_size=hidden_size, eps=eps, **mixer)
+        self.ffn_norm = self.mlp = None
+        if intermediate_size is not None:
+            self.ffn_norm = RMSNorm(hidden_size, eps=eps)
+            self.mlp = MLP(
+                hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        span: Span | None = None,
+        kv: SharedKV | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> tuple[Tensor, LayerState, SharedKV]:
+        """x: (b, l, hidden_size). Arguments and results are those of `HybridHeads.forward`."""
+        mixed, state, kv = self.mixer(self.input_norm(x), state, span=span, kv=kv, weights=weights)
+        x = x + mixed
+        if self.mlp is not None and self.ffn_norm is not None:
+            x = x + self.mlp(self.ffn_norm(x))
+        return x, state, kv

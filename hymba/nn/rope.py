@@ -1,0 +1,37 @@
+"""Rotary position embedding, half-split form, on the full head width (section 2.6 of the specification)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_tables(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `positions * base^(-2i / head_dim)`.
+
+    Args:
+        positions: (b, l) integers, counted from the first meta token.
+        head_dim: width of a head, even.
+        base: base of the frequencies.
+
+    Returns:
+        cos, sin: (b, l, head_dim / 2) float32. Computed on the fly: nothing to load, move or go stale.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2) of every head.
+
+    Args:
+        x: (b, l, heads, head_dim). cos, sin: (b or 1, l, head_dim / 2).
+
+    Returns:
+        the rotated heads in `x.dtype`; float32 inside.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos[:, :, None].to(compute), sin[:, :, None].to(compute)
+    first, second = x.to(compute).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,115 @@
+"""Grouped-query attention with value heads wider than query heads.
+
+Letters: b batch, l queries, s keys, h query heads, k key/value heads, g = h / k queries per key head,
+d query/key width, e value width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from hymba.ops.masks import Visibility
+
+# Queries per block when the score matrix of all queries would be larger than this many entries per head.
+_QUERY_BLOCK = 512
+_SCORES_AT_ONCE = 1 << 20
+
+
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`softmax(q k^T / sqrt(d)) v` in float32, the oracle of every other path.
+
+    Args:
+        q: (b, l, h, d). k: (b, s, k, d). v: (b, s, k, e).
+        mask: (b or 1, l, s) bool, True where a key is seen. A query that sees no key gets the mean of all values.
+        dropout: probability with which an attention weight is dropped.
+
+    Returns:
+        output (b, l, h * e) in `v.dtype`, weights (b, h, l, s) in float32.
+    """
+    groups = q.shape[2] // k.shape[2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    queries = rearrange(q.to(compute), "b l (k g) d -> b k g l d", g=groups)
+    scores = torch.einsum("bkgld,bskd->bkgls", queries, k.to(compute)) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(compute).min)
+    weights = scores.softmax(dim=-1)
+    dropped = F.dropout(weights, dropout) if dropout else weights
+    out = torch.einsum("bkgls,bske->bkgle", dropped, v.to(compute))
+    out = rearrange(out, "b k g l e -> b l (k g e)").to(v.dtype)
+    return out, rearrange(weights, "b k g l s -> b (k g) l s")
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """The same through `scaled_dot_product_attention`; returns (b, l, h * e)."""
+    b, length, heads, _ = q.shape
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if length == 1:
+        # The g queries of a key head stand as rows of one product, so that keys and values are not repeated.
+        queries = rearrange(q, "b 1 (k g) d -> b k g d", k=k.shape[2])
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask[:, None], dropout_p=dropout
+        )
+        return rearrange(out, "b k g e -> b 1 (k g e)")
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask[:, None], dropout_p=dropout, enable_gqa=True
+    )
+    return rearrange(out, "b h l e -> b l (h e)")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+    implementation: str = "sdpa",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over [prefix | keys] with the mask that `visibility` describes.
+
+    Args:
+        q: (b, l, h, d), rotated. k: (b, s, k, d), rotated. v: (b, s, k, e).
+        visibility: positions of queries and keys, window, documents.
+        prefix_k, prefix_v: (b or 1, p, k, d) and (b or 1, p, k, e), keys that every query sees (meta tokens).
+        dropout: probability of dropping an attention weight.
+        need_weights: also return the weights; always through the reference.
+        implementation: `"sdpa"` or `"eager"` (the reference).
+
+    Returns:
+        output (b, l, h * e) in `v.dtype`, weights (b, h, l, p + s) in float32 or `None`.
+    """
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(f"implementation={implementation!r}: allowed: 'sdpa', 'eager'")
+    reference = need_weights or implementation == "eager"
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        if prefix_k is not None and prefix_v is not None:
+            shape = (queries.shape[0], -1, -1, -1)
+            keys = torch.cat([prefix_k.to(keys.dtype).expand(shape), keys], dim=1)
+            values = torch.cat([prefix_v.to(values.dtype).expand(shape), values], dim=1)
+        if reference:
+            return attention_ref(queries, keys, values, mask, dropout=dropout)
+        return _sdpa(queries, keys, values, mask, dropout), None
+
+    length, own = q.shape[1], visibility.own_keys
+    if need_weights or own is None or length * k.shape[1] <= _SCORES_AT_ONCE:
+        out, weights = attend(q, k, v, visibility.dense())
+        return out, weights if need_weights else None
+
+    # Long inputs: some queries at a time, each block with the keys that it can see at most.
+    blocks = []
+    for first in range(0, length, _QUERY_BLOCK):
+        last = min(first + _QUERY_BLOCK, length)
+        oldest = 0 if visibility.window is None or own else max(0, first - visibility.window)
+        cut = slice(oldest, own + last)
+        blocks.append(attend(q[:, first:last], k[:, cut], v[:, cut], visibility.block(first, last, cut))[0])
+    return torch.cat(blocks, dim=1), None

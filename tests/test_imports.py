@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,7 @@ import pytest
 
 # Found without being imported: a wrong arrow may be what breaks the import.
 PACKAGE = Path(importlib.util.find_spec("hymba").submodule_search_locations[0])
-KERNELS = frozenset(
-    {"triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "causal_conv1d_cuda", "flash_attn"}
-)
+KERNELS = frozenset({"triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "causal_conv1d_cuda", "flash_attn"})
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,25 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
+CORE = "cache nn ops config layout"
+MODEL = f"model generation loading hub inputs cost {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
     "nn": room("ops", packages="torch einops"),
     "config": room("layout"),
     "cost": room("config layout", refused=NO_TRANSFORMERS),
+    "inputs": room("config layout", refused=NO_TRANSFORMERS),
     "cache": room("nn ops config layout"),
-    "model": room("cache nn ops config layout"),
-    "hub": room("model cache nn ops config layout"),
-    "experiments": room("__init__ hub model cache nn ops config layout cost"),
-    "eval": room("__init__ hub model cache nn ops config layout cost"),
-    "cli": room("__init__ experiments eval hub model cache nn ops config layout cost"),
+    "hub": room("config layout"),
+    "loading": room("hub config layout"),
+    "generation": room(f"inputs {CORE}"),
+    "model": room(f"generation loading inputs {CORE}"),
+    "experiments": room(f"__init__ {MODEL}"),
+    "eval": room(f"__init__ {MODEL}"),
+    "cli": room(f"__init__ experiments eval {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
-    "__init__": room("hub model cache nn ops config layout cost"),
+    "__init__": room(MODEL),
     "__main__": room("cli"),
 }
 
@@ -97,11 +101,7 @@ def wrong_arrows(package: Path) -> list[str]:
                 continue
             else:
                 ok = top not in rules.refused if rules.packages is None else top in rules.packages
-                allowed = (
-                    {f"all but {', '.join(sorted(rules.refused))}"}
-                    if rules.packages is None
-                    else rules.packages
-                )
+                allowed = {f"all but {', '.join(sorted(rules.refused))}"} if rules.packages is None else rules.packages
             if not ok:
                 may = ", ".join(sorted(allowed)) or "only the standard library"
                 found.append(f"{relative}:{line}: '{here}' must not import {name} (allowed: {may})")
@@ -110,6 +110,10 @@ def wrong_arrows(package: Path) -> list[str]:
 
 def test_the_package_has_no_wrong_arrow() -> None:
     assert not wrong_arrows(PACKAGE)
+
+
+def test_the_rooms_have_an_order() -> None:
+    graphlib.TopologicalSorter({name: rules.hymba for name, rules in ROOMS.items()}).prepare()
 
 
 def test_the_walk_sees_the_package() -> None:

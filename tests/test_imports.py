@@ -109,7 +109,8 @@ def wrong_arrows(package: Path) -> list[str]:
 
 
 def test_the_package_has_no_wrong_arrow() -> None:
-    assert not wrong_arrows(PACKAGE)
+    wrong = wrong_arrows(PACKAGE)
+    assert not wrong, "\n".join(["wrong arrows:", *wrong])
 
 
 def test_the_rooms_have_an_order() -> None:

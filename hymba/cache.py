@@ -116,9 +116,7 @@ class HymbaCache(Cache):
             )
         held = self.batch_size
         if held is not None and held != rows:
-            raise CacheError(
-                f"the cache holds {held} rows, the input has {rows}; use expand() or select() first"
-            )
+            raise CacheError(f"the cache holds {held} rows, the input has {rows}; use expand() or select() first")
         if self.max_length is not None and self.columns + length > self.max_length:
             raise CacheError(
                 f"the cache has room for max_length={self.max_length} text tokens, holds {self.columns} and was "
@@ -148,8 +146,7 @@ class HymbaCache(Cache):
         masks = [part for part in self.valid if isinstance(part, Tensor)]
         rows, device = masks[0].shape[0], masks[0].device
         parts = [
-            p if isinstance(p, Tensor) else torch.ones(rows, p, dtype=torch.bool, device=device)
-            for p in self.valid
+            p if isinstance(p, Tensor) else torch.ones(rows, p, dtype=torch.bool, device=device) for p in self.valid
         ]
         joined = torch.cat(parts, dim=1)
         self.valid = [joined]
@@ -298,9 +295,7 @@ class HymbaCache(Cache):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != "hymba-cache-1":
-                    raise CacheError(
-                        f"{path} is not a saved HymbaCache (no format hymba-cache-1 in its header)"
-                    )
+                    raise CacheError(f"{path} is not a saved HymbaCache (no format hymba-cache-1 in its header)")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise CacheError(f"{path} is not a readable safetensors file: {error}") from error
@@ -319,7 +314,7 @@ class HymbaCache(Cache):
         cache.columns = int(meta["columns"])
         cache.seen = tensors["seen"]
         cache.uniform = "valid" not in tensors
-        cache.valid = [tensors["valid"] if "valid" in tensors else cache.columns]
+        cache.valid = [tensors.get("valid", cache.columns)]
         cache.started = True
         return cache
 
@@ -422,7 +417,7 @@ def as_hymba_cache(past: Any, config: HymbaConfig) -> HymbaCache:
     user_defined = getattr(past, "_is_user_defined", False)
     past.__class__ = HymbaCache
     past.__dict__.clear()
-    past.__init__(config, max_length=max_length)  # type: ignore[misc]
+    past.__init__(config, max_length=max_length)
     if user_defined:
         past._is_user_defined = True
-    return past  # type: ignore[return-value]
+    return past

@@ -72,7 +72,7 @@ class HymbaConfig(PreTrainedConfig):
         hidden_size: width `d` of the residual stream.
         num_hidden_layers: layers, each hybrid heads followed by an MLP.
         num_attention_heads, num_key_value_heads: query heads and key/value heads (grouped-query attention).
-        v_head_dim: width of a value head; always `mamba_expand * hidden_size / num_attention_heads` (`None` fills it in).
+        v_head_dim: width of a value head; always `mamba_expand * hidden_size / num_attention_heads`; `None` sets it.
         intermediate_size: inner width of the MLP.
         mlp_hidden_act: `"silu"` (SwiGLU) or `"relu2"` (no gate projection).
         mamba_d_state, mamba_d_conv, mamba_expand, mamba_dt_rank: shape of the Mamba heads; dt rank `"auto"` is
@@ -268,10 +268,8 @@ class HymbaConfig(PreTrainedConfig):
         if self.hidden_size % heads:
             refuse("num_attention_heads", f"divisors of hidden_size={self.hidden_size}")
         if self.head_dim % 2:
-            refuse(
-                "hidden_size", f"values whose head width hidden_size / {heads} is even (rotary needs pairs)"
-            )
-        if heads % self.num_key_value_heads:
+            refuse("hidden_size", f"values whose head width hidden_size / {heads} is even (rotary needs pairs)")
+        if heads % (self.num_key_value_heads or heads):
             refuse("num_key_value_heads", f"divisors of num_attention_heads={heads}")
         if self.v_head_dim != self.d_inner // heads:
             refuse(
@@ -309,9 +307,7 @@ class HymbaConfig(PreTrainedConfig):
         known.pop("attn_implementation", None)
         if "attn_implementation" in kwargs:
             known["attn_implementation"] = kwargs.pop("attn_implementation")
-        for key in [
-            k for k in kwargs if k in fields or k in ("torch_dtype", "output_attentions", "name_or_path")
-        ]:
+        for key in [k for k in kwargs if k in fields or k in ("torch_dtype", "output_attentions", "name_or_path")]:
             if key in ("dtype", "torch_dtype"):
                 # `from_pretrained` needs it too, so it stays among the unused ones.
                 if kwargs[key] != "auto":
@@ -322,9 +318,7 @@ class HymbaConfig(PreTrainedConfig):
         for key in ("_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(key, None)
         if not return_unused:
-            unknown = [
-                k for k in kwargs if k not in ("dtype", "torch_dtype", "trust_remote_code", "code_revision")
-            ]
+            unknown = [k for k in kwargs if k not in ("dtype", "torch_dtype", "trust_remote_code", "code_revision")]
             if unknown:
                 named = "; ".join(f"{k}={kwargs[k]!r}.{nearest(k, fields)}" for k in unknown)
                 raise ConfigError(f"HymbaConfig has no field {named}")

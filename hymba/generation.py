@@ -26,7 +26,7 @@ class FinishedRows(StoppingCriteriaList):
         super().__init__(criteria)
         self.done: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         stopped = super().__call__(input_ids, scores, **kwargs)
         self.done = stopped if self.done is None else self.done | stopped
         return stopped
@@ -85,9 +85,7 @@ class HymbaGenerationMixin(GenerationMixin):
                     "padding as 0), or start a new cache"
                 )
 
-    def _prepare_attention_mask_for_generation(
-        self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Padding is never guessed from token ids: the release pads with id 0, which is a token like any other.
         return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
 
@@ -126,7 +124,7 @@ class HymbaGenerationMixin(GenerationMixin):
             mask[:, -1] = torch.where(finished.done.to(mask.device), 0, mask[:, -1])
         return updated
 
-    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:  # type: ignore[override]
+    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
         if input_ids.shape[0] > 1 and kwargs.get("past_key_values") is not None:
             stopping_criteria = FinishedRows(stopping_criteria)
             kwargs[_FINISHED] = stopping_criteria

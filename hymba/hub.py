@@ -94,9 +94,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     with path.open("rb") as file:
         head = file.read(8)
         if len(head) < 8:
-            raise CheckpointError(
-                f"{path}: {size} bytes, too short for a safetensors header; download it again"
-            )
+            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors header; download it again")
         (length,) = struct.unpack("<Q", head)
         if length > 100_000_000 or 8 + length > size:
             raise CheckpointError(
@@ -111,9 +109,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     expected = 8 + length + max(ends, default=0)
     if expected != size:
         kind = "truncated" if size < expected else "too long"
-        raise CheckpointError(
-            f"{path}: {kind}: expected {expected} bytes, found {size}; download the file again"
-        )
+        raise CheckpointError(f"{path}: {kind}: expected {expected} bytes, found {size}; download the file again")
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         count = 1
@@ -122,7 +118,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         width = _DTYPE_BYTES.get(entry["dtype"])
         if width is not None and end - begin != count * width:
             raise CheckpointError(
-                f"{path}: tensor {name}: expected {count * width} bytes for shape {entry['shape']} in {entry['dtype']}, "
+                f"{path}: tensor {name}: expected {count * width} bytes for {entry['shape']} in {entry['dtype']}, "
                 f"found {end - begin}"
             )
     return header
@@ -151,9 +147,7 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
                 f"{', '.join(missing)}"
             )
         return [folder / shard for shard in shards]
-    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt*")
-    )
+    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
     if pickles:
         raise CheckpointError(
             f"{folder}: found only pickled weights ({', '.join(pickles)}), which can run code when opened and are "
@@ -202,18 +196,13 @@ def check_checkpoint(
     if problems:
         where = ", ".join(sorted({str(path.parent) for path, _ in found.values()}))
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(
-            f"checkpoint {where} does not fit its config.json: " + "; ".join(problems[:8]) + more
-        )
+        raise CheckpointError(f"checkpoint {where} does not fit its config.json: " + "; ".join(problems[:8]) + more)
     return entries
 
 
 def expected_tensors(model: nn.Module, *, prefix: str = "") -> dict[str, torch.Size]:
     """Released name to shape for every tensor that a file of this model holds."""
-    return {
-        released_name(prefix + name): tensor.shape
-        for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    return {released_name(prefix + name): tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def scan_for_nan(model: nn.Module) -> list[str]:

@@ -164,9 +164,7 @@ def documents(
         if value.dim() == 1:
             value = value[None]
         if value.dim() != 2 or value.shape[0] not in (1, rows) or value.shape[1] != length:
-            raise InputError(
-                f"{name} has shape {tuple(value.shape)}; expected ({rows}, {length}) or (1, {length})"
-            )
+            raise InputError(f"{name} has shape {tuple(value.shape)}; expected ({rows}, {length}) or (1, {length})")
         value = value.to(device=device, dtype=torch.long)
         return value if compaction is None else compaction.pack(value.expand(rows, -1))
 
@@ -178,9 +176,7 @@ def documents(
         if cu_seq_lens.device.type == "cpu":
             bounds = cu_seq_lens.tolist()
             if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-                raise InputError(
-                    f"cu_seq_lens_q={bounds}: boundaries must rise from 0 to the row's {length} tokens"
-                )
+                raise InputError(f"cu_seq_lens_q={bounds}: boundaries must rise from 0 to the row's {length} tokens")
         bounds_ = cu_seq_lens.to(device=device, dtype=torch.long)
         starts = starts | (where[None, :, None] == bounds_).any(dim=-1)
     if seq_idx is not None:

@@ -46,9 +46,7 @@ def _check_indices(field: str, indices: Sequence[int], num_layers: int) -> None:
         if isinstance(index, bool) or not isinstance(index, int):
             raise LayoutError(f"{field}={list(indices)!r}: {index!r} is not a layer index; allowed: integers")
         if not 0 <= index < num_layers:
-            raise LayoutError(
-                f"{field}={list(indices)!r}: there is no layer {index}; allowed: 0 to {num_layers - 1}"
-            )
+            raise LayoutError(f"{field}={list(indices)!r}: there is no layer {index}; allowed: 0 to {num_layers - 1}")
     if list(indices) != sorted(set(indices)):
         raise LayoutError(f"{field}={list(indices)!r}: entries must increase and stand once each")
 
@@ -88,12 +86,8 @@ def released_layers(
                 "the same thing; set one of them (-1 or null switches the other off)"
             )
         if every < 1:
-            raise LayoutError(
-                f"kv_reuse_every_i_layer={every}: allowed: -1 (off) or a number of layers from 1"
-            )
-        kv_groups = [
-            list(range(start, min(start + every, num_layers))) for start in range(0, num_layers, every)
-        ]
+            raise LayoutError(f"kv_reuse_every_i_layer={every}: allowed: -1 (off) or a number of layers from 1")
+        kv_groups = [list(range(start, min(start + every, num_layers))) for start in range(0, num_layers, every)]
         field = f"kv_reuse_every_i_layer={every}"
     else:
         field = f"kv_reuse_group={[list(g) for g in kv_groups or ()]}"
@@ -118,11 +112,9 @@ def released_layers(
                 f"{field}: group {members} mixes kinds ({named}); allowed: all global or all windowed. "
                 "Change global_attn_idx or the group so that they agree"
             )
-        borrows.update({layer: members[0] for layer in members[1:]})
+        borrows.update(dict.fromkeys(members[1:], members[0]))
 
-    return tuple(
-        LayerSpec(window=None if is_global[i] else window, kv_from=borrows.get(i)) for i in range(num_layers)
-    )
+    return tuple(LayerSpec(window=None if is_global[i] else window, kv_from=borrows.get(i)) for i in range(num_layers))
 
 
 def lenders(layers: Sequence[LayerSpec]) -> frozenset[int]:

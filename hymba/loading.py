@@ -6,6 +6,8 @@ import contextvars
 import functools
 import inspect
 import os
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +15,8 @@ import torch
 from hymba import hub
 from hymba.config import HymbaConfig, nearest
 
-
-_FILE_DTYPES: contextvars.ContextVar[dict[str, torch.dtype]] = contextvars.ContextVar(
-    "file_dtypes", default={}
+_FILE_DTYPES: contextvars.ContextVar[Mapping[str, torch.dtype]] = contextvars.ContextVar(
+    "file_dtypes", default=types.MappingProxyType({})
 )
 """Dtype of each tensor of the checkpoint that is being loaded, by our names."""
 
@@ -37,11 +38,7 @@ class CheckpointMixin:
             ConfigError: a configuration that cannot be built, or an unknown keyword.
         """
         config = kwargs.get("config")
-        plain = (
-            kwargs.get("state_dict") is None
-            and not kwargs.get("gguf_file")
-            and not kwargs.get("adapter_kwargs")
-        )
+        plain = kwargs.get("state_dict") is None and not kwargs.get("gguf_file") and not kwargs.get("adapter_kwargs")
         dtypes: dict[str, torch.dtype] = {}
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -49,22 +46,14 @@ class CheckpointMixin:
             if not isinstance(config, HymbaConfig):
                 fields = set(HymbaConfig.__dataclass_fields__) - {"dtype"}
                 overrides = {k: v for k, v in kwargs.items() if k in fields}
-                config = HymbaConfig.from_pretrained(
-                    config or pretrained_model_name_or_path, **location, **overrides
-                )
+                config = HymbaConfig.from_pretrained(config or pretrained_model_name_or_path, **location, **overrides)
             cls._check_keywords(kwargs)
             quantised = getattr(config, "quantization_config", None) is not None
-            folder = (
-                hub.resolve_folder(pretrained_model_name_or_path, **location)
-                if plain and not quantised
-                else None
-            )
+            folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if plain and not quantised else None
             if folder is not None and not os.path.isfile(folder / "adapter_config.json"):
                 headers = cls._check_files(folder, config, kwargs.get("variant"))
                 if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"):
-                    dtypes = {
-                        hub.our_name(name): hub.torch_dtype(entry["dtype"]) for name, entry in headers.items()
-                    }
+                    dtypes = {hub.our_name(name): hub.torch_dtype(entry["dtype"]) for name, entry in headers.items()}
                     widest = functools.reduce(torch.promote_types, dtypes.values())
                     kwargs.pop("torch_dtype", None)
                     kwargs["dtype"] = widest
@@ -99,9 +88,7 @@ class CheckpointMixin:
         for key in kwargs:
             # A keyword of a newer transformers stands in its source as a string.
             if key not in known and f'"{key}"' not in source and not key.startswith("_"):
-                raise TypeError(
-                    f"from_pretrained() got an unexpected keyword argument {key!r}.{nearest(key, known)}"
-                )
+                raise TypeError(f"from_pretrained() got an unexpected keyword argument {key!r}.{nearest(key, known)}")
 
     @classmethod
     def _check_files(cls, folder: Any, config: HymbaConfig, variant: str | None) -> dict[str, Any]:

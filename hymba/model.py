@@ -59,17 +59,11 @@ class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
         for module in self.modules():
             module._is_hf_initialized = True
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """As in transformers, non-reentrant only: the re-entrant form drops gradients through states and shared KV."""
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True}: allowed: use_reentrant=False"
-            )
-        super().gradient_checkpointing_enable(
-            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        )
+            raise ValueError("gradient_checkpointing_kwargs={'use_reentrant': True}: allowed: use_reentrant=False")
+        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -201,11 +195,7 @@ class HymbaModel(HymbaPreTrainedModel):
             check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if (
-            inputs_embeds.dim() != 3
-            or inputs_embeds.shape[2] != self.config.hidden_size
-            or 0 in inputs_embeds.shape
-        ):
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size or 0 in inputs_embeds.shape:
             raise InputError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens from 1, "
                 f"{self.config.hidden_size})"
@@ -217,9 +207,7 @@ class HymbaModel(HymbaPreTrainedModel):
         cache = None if past_key_values is None else as_hymba_cache(past_key_values, self.config)
         if cache is None:
             if use_cache is None:
-                use_cache = (
-                    self.config.use_cache and not self.training and not packed and position_ids is None
-                )
+                use_cache = self.config.use_cache and not self.training and not packed and position_ids is None
             if use_cache:
                 cache = HymbaCache(self.config)
         if packed and cache is not None:
@@ -236,15 +224,11 @@ class HymbaModel(HymbaPreTrainedModel):
             inputs_embeds = compaction.pack(inputs_embeds)
         lengths = None if compaction is None else compaction.lengths
 
-        span = self._span(
-            cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q
-        )
+        span = self._span(cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q)
         states = self._start(cache, rows)
         if cache is not None:
             cache._interrupted = True
-        x, hidden, weights = self._run(
-            inputs_embeds, states, span, cache, output_hidden_states, output_attentions
-        )
+        x, hidden, weights = self._run(inputs_embeds, states, span, cache, output_hidden_states, output_attentions)
         if cache is not None:
             cache.advance(span, None if compaction is None else compaction.valid)
             cache._interrupted = False
@@ -302,9 +286,7 @@ class HymbaModel(HymbaPreTrainedModel):
     def _check_positions(position_ids: Tensor, span: Span, compaction: Compaction | None) -> None:
         given = position_ids.reshape(-1, position_ids.shape[-1])
         if given.shape[1] != span.length:
-            raise InputError(
-                f"position_ids has shape {tuple(position_ids.shape)}; expected (batch, {span.length})"
-            )
+            raise InputError(f"position_ids has shape {tuple(position_ids.shape)}; expected (batch, {span.length})")
         expected = span.positions.cpu()
         if compaction is not None:
             valid = compaction.valid.cpu()
@@ -333,9 +315,7 @@ class HymbaModel(HymbaPreTrainedModel):
         output_attentions: bool | None,
     ) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:
         """All layers; the hidden states before each and the attention weights with their key positions."""
-        want_hidden = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         want_weights = self.config.output_attentions if output_attentions is None else output_attentions
         hidden: list[Tensor] | None = [] if want_hidden else None
         weights: list[list[Tensor]] | None = [] if want_weights else None
@@ -372,12 +352,7 @@ class HymbaModel(HymbaPreTrainedModel):
         if span.seq_idx is not None:
             # Packed rows: keys stand in input order already, positions start again at each document.
             return weights
-        ranks = (
-            positions.clamp(min=0)
-            .expand(b, -1)[:, None, None]
-            .expand(b, heads, length, -1)
-            .to(weights.device)
-        )
+        ranks = positions.clamp(min=0).expand(b, -1)[:, None, None].expand(b, heads, length, -1).to(weights.device)
         text = weights.new_zeros(b, heads, length, total).scatter_add(3, ranks, weights[..., meta:])
         if compaction is not None:
             valid = compaction.valid if valid is None else valid
@@ -459,9 +434,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **loss_kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -39,9 +39,7 @@ class HymbaBlock(nn.Module):
         self.ffn_norm = self.mlp = None
         if intermediate_size is not None:
             self.ffn_norm = RMSNorm(hidden_size, eps=eps)
-            self.mlp = MLP(
-                hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation
-            )
+            self.mlp = MLP(hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation)
 
     def forward(
         self,

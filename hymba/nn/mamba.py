@@ -26,9 +26,7 @@ class MambaHeads(nn.Module):
         eps: of the three norms.
     """
 
-    def __init__(
-        self, *, d_inner: int, d_state: int = 16, d_conv: int = 4, dt_rank: int, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, *, d_inner: int, d_state: int = 16, d_conv: int = 4, dt_rank: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.d_inner, self.d_state, self.d_conv, self.dt_rank = d_inner, d_state, d_conv, dt_rank
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=True)
@@ -46,9 +44,7 @@ class MambaHeads(nn.Module):
     def reset_parameters(self) -> None:
         initialise(self)
 
-    def forward(
-        self, x: Tensor, z: Tensor, state: LayerState | None = None, *, span: Span | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, state: LayerState | None = None, *, span: Span | None = None) -> Tensor:
         """Run the branch.
 
         Args:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hymba.nn.attention import SharedKV
-from hymba.nn.block import HymbaBlock
 from hymba.nn.init import initialise
 from hymba.nn.state import LayerState, Span
 
@@ -41,7 +40,7 @@ class MetaTokens(nn.Module):
 
 
 def run_prefix(
-    layers: Iterable[HymbaBlock], tokens: Tensor, *, lenders: Sequence[int | None]
+    layers: Iterable[nn.Module], tokens: Tensor, *, lenders: Sequence[int | None]
 ) -> tuple[list[LayerState], list[Tensor]]:
     """Run meta tokens through all layers once, from the empty state.
 

@@ -23,9 +23,7 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: allowed: {', '.join(map(repr, ACTIVATIONS))}")
-        self.gate_proj = (
-            nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "silu" else None
-        )
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "silu" else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.reset_parameters()

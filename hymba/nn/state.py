@@ -375,5 +375,12 @@ def map_tensors(state: LayerState, function: Any) -> LayerState:
     kv = state.kv
     if kv is not None:
         kv = replace(kv, keys=apply("keys", kv.keys), values=apply("values", kv.values))
-    names = ("prefix_k", "prefix_v", "conv", "ssm", "seen")
-    return replace(state, kv=kv, **{name: apply(name, getattr(state, name)) for name in names})
+    return replace(
+        state,
+        kv=kv,
+        prefix_k=apply("prefix_k", state.prefix_k),
+        prefix_v=apply("prefix_v", state.prefix_v),
+        conv=apply("conv", state.conv),
+        ssm=apply("ssm", state.ssm),
+        seen=apply("seen", state.seen),
+    )

@@ -20,9 +20,7 @@ _QUERY_BLOCK = 512
 _SCORES_AT_ONCE = 1 << 20
 
 
-def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """`softmax(q k^T / sqrt(d)) v` in float32, the oracle of every other path.
 
     Args:
@@ -47,14 +45,12 @@ def attention_ref(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
     """The same through `scaled_dot_product_attention`; returns (b, l, h * e)."""
-    b, length, heads, _ = q.shape
+    length = q.shape[1]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if length == 1:
         # The g queries of a key head stand as rows of one product, so that keys and values are not repeated.
         queries = rearrange(q, "b 1 (k g) d -> b k g d", k=k.shape[2])
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask[:, None], dropout_p=dropout
-        )
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], dropout_p=dropout)
         return rearrange(out, "b k g e -> b 1 (k g e)")
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys, values, attn_mask=mask[:, None], dropout_p=dropout, enable_gqa=True

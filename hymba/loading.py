@@ -38,7 +38,7 @@ class CheckpointMixin:
             ConfigError: a configuration that cannot be built, or an unknown keyword.
         """
         config = kwargs.get("config")
-        plain = kwargs.get("state_dict") is None and not kwargs.get("gguf_file") and not kwargs.get("adapter_kwargs")
+        plain = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
         dtypes: dict[str, torch.dtype] = {}
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -115,8 +115,8 @@ def _as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 _LOADER_KEYWORDS = (
-    "config cache_dir ignore_mismatched_sizes force_download local_files_only token revision use_safetensors weights_only "
-    "subfolder variant state_dict dtype torch_dtype device_map max_memory offload_folder offload_buffers "
+    "config cache_dir ignore_mismatched_sizes force_download local_files_only token revision use_safetensors "
+    "weights_only subfolder variant state_dict dtype torch_dtype device_map max_memory offload_folder offload_buffers "
     "offload_state_dict load_in_8bit load_in_4bit quantization_config attn_implementation experts_implementation "
     "trust_remote_code code_revision output_loading_info from_tf from_flax mirror resume_download proxies "
     "use_auth_token tp_plan tp_size device_mesh distributed_config use_kernels kernel_config key_mapping gguf_file "

@@ -83,6 +83,9 @@ class HymbaModel(HymbaPreTrainedModel):
     behind (`hymba.nn.run_prefix`); this is exactly the prepended form of the paper's section 2.3.
     """
 
+    # A language model's checkpoint loads into the bare model.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         specs = config.layers

@@ -89,7 +89,8 @@ def wrong_arrows(package: Path) -> list[str]:
         names = [package.name, *relative.with_suffix("").parts]
         is_package = names[-1] == "__init__"
         module = ".".join(names[:-1] if is_package else names)
-        for line, name in imported(ast.parse(path.read_text("utf-8")), module, is_package):
+        tree = ast.parse(path.read_text("utf-8"))
+        for line, name in dict.fromkeys(imported(tree, module, is_package)):
             top, _, rest = name.partition(".")
             if top == "hymba":
                 # A name that is no room is a public name of the package itself.

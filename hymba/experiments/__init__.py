@@ -1,0 +1,1 @@
+"""Training and its parts: settings, corpus, tokenizer, packing, schedule, checkpoints, measurements."""

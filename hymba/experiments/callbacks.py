@@ -1,0 +1,180 @@
+"""What happens around training steps: a clean stop, a progress bar, TensorBoard, held-out measurements."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once, unsaved.
+
+    Use as a context manager around ``trainer.train()``; handlers are put back on leaving. Signals reach the main
+    thread only, so elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        print(
+            f"\n{self.received.name}: stopping after this step; saving a checkpoint (again: stop at once)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class Meter(TrainerCallback):
+    """Time spent in training steps, without what saving and measuring take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started: float | None = None
+
+    def take(self) -> float:
+        """Seconds since the last call; starts counting anew."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+
+class Progress(TrainerCallback):
+    """A bar with loss and tokens/s on a terminal; otherwise one line per log entry."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step", desc="train"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        shown = {
+            "loss": ("loss", ".4f"),
+            "tokens_per_second": ("tok/s", ",.0f"),
+            "learning_rate": ("lr", ".2e"),
+            "bits_per_byte": ("held-out bits/byte", ".4f"),
+        }
+        parts = [f"{name} {logs[key]:{form}}" for key, (name, form) in shown.items() if key in logs]
+        if not parts:
+            return
+        if self._bar is None:
+            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), flush=True)
+        elif "bits_per_byte" in logs:
+            self._bar.write(f"step {state.global_step}  " + "  ".join(parts))
+        else:
+            self._bar.set_postfix_str("  ".join(parts))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class TensorBoard(TrainerCallback):
+    """Every number that is logged, as a curve; a resumed run replaces what lies beyond its checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._writer is None:
+            return
+        for key, value in (logs or {}).items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(key, value, state.global_step)
+        self._writer.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class HeldOut(TrainerCallback):
+    """Measures bits per byte every ``every`` steps and logs it."""
+
+    def __init__(self, every: int, measure: Callable[[], float], log: Callable[[dict[str, float]], None]) -> None:
+        self._every, self._measure, self._log = every, measure, log
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            self._log({"bits_per_byte": self._measure()})

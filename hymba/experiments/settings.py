@@ -1,0 +1,364 @@
+"""Typed training settings: one YAML file, ``key=value`` overrides, and nothing accepted by accident.
+
+Every key is a field of one of the dataclasses below; the ``model`` section alone is free-form here, because
+:class:`hymba.HymbaConfig` checks it with the same rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class SettingsError(ValueError):
+    """An unknown setting, a wrong type or a value out of range; the message names key, value, remedy."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the text comes from and how it becomes rows of token ids."""
+
+    source: Literal["stdlib", "files", "datasets"] = "stdlib"
+    paths: tuple[str, ...] = ()
+    """``files``: files, or folders that are searched for ``patterns``."""
+    patterns: tuple[str, ...] = ("*.py", "*.txt", "*.md")
+    dataset: str | None = None
+    """``datasets``: a hub id or local folder that ``datasets.load_dataset`` takes."""
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation, drawn by a hash of their names."""
+    sequence_length: int = 1024
+    layout: Literal["packed", "stream"] = "packed"
+    """``packed``: each document starts from the meta state; ``stream``: documents form one text."""
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """``path`` names a tokenizer folder; without it a byte-level BPE is trained on the training documents."""
+
+    path: str | None = None
+    vocab_size: int = 2048
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW; decay applies to the matrices that multiply activations, to nothing else."""
+
+    learning_rate: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Warm-up, stable, decay: fractions of all steps; ``floor``: of the peak learning rate, reached last."""
+
+    warmup: float = 0.01
+    decay: float = 0.2
+    floor: float = 0.01
+    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What runs, for how long, and where it is written."""
+
+    output: str = "runs/train"
+    steps: int = 1000
+    batch_size: int = 8
+    """Rows per device and forward pass."""
+    gradient_accumulation: int = 1
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: autocast over fp32 parameters."""
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    evaluate_every: int = 0
+    """Steps between held-out measurements on a sample; 0 measures only at the end."""
+    evaluate_bytes: int = 100_000
+    tensorboard: bool = True
+    resume: Literal["auto", "never"] = "auto"
+    init_from: str | None = None
+    """A checkpoint folder or hub id that the run starts from; ``model`` then overrides its config."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The checkpoint folder written at the end, in the released layout."""
+
+    folder: str = "final"
+    """Relative to ``run.output``, or absolute."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    evaluate: bool = True
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything ``hymba train`` reads; the fields are the sections of the YAML file."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, as YAML or JSON write them."""
+        return _plain(dataclasses.asdict(self))
+
+
+def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> TrainSettings:
+    """Read a YAML file, apply ``key=value`` overrides (dotted keys, values in YAML), check everything.
+
+    ``model`` may be a mapping of :class:`HymbaConfig` fields or the path of a YAML file with one; a relative
+    path is looked up beside the file that names it, then in the working directory.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        SettingsError: invalid YAML, an unknown key (with the nearest name), a wrong type or value.
+    """
+    path = Path(path)
+    raw = _read_yaml(path)
+    if isinstance(raw.get("model"), str):
+        raw["model"] = _read_yaml(_beside(path, raw["model"]))
+    for override in overrides:
+        _apply_override(raw, override)
+    settings = _build(TrainSettings, raw, prefix="", where=str(path))
+    _check_ranges(settings)
+    return settings
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, of which PyYAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such settings file; give the path of a YAML file")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not readable as YAML: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: expected sections with keys, got {type(raw).__name__}")
+    return raw
+
+
+def _beside(path: Path, name: str) -> Path:
+    near = path.parent / name
+    return near if near.is_file() else Path(name)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise SettingsError(f"override {override!r}: expected key=value, for example run.steps=100")
+    known = known_keys()
+    if key not in known and not key.startswith("model."):
+        if key in _SECTIONS:
+            raise SettingsError(f"override {override!r}: {key!r} is a section; set one of its keys, {key}.<name>=value")
+        raise SettingsError(f"override {override!r}: unknown key {key!r}{_nearest(key, known)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {override!r}: the value is not readable as YAML: {error}") from error
+    section, _, name = key.partition(".")
+    target = raw.setdefault(section, {})
+    if target is None:
+        target = raw[section] = {}
+    if not isinstance(target, dict):
+        raise SettingsError(f"override {override!r}: section {section!r} is {target!r}, not a mapping")
+    target[name] = value
+
+
+def known_keys() -> list[str]:
+    """Dotted names of every setting outside ``model``."""
+    return [f"{section}.{item.name}" for section, kind in _SECTIONS.items() for item in dataclasses.fields(kind)]
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` for the closest known key, also when only the section was left out."""
+    known = list(known)
+    by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    match = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not match:
+        leaves = {name.rpartition(".")[2]: name for name in known}
+        match = [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.5)]
+    return f"; did you mean {match[0]!r}?" if match else f"; known keys: {', '.join(known)}"
+
+
+def _build(cls: type, raw: Any, *, prefix: str, where: str) -> Any:
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise SettingsError(f"{where}: {prefix.rstrip('.') or 'file'} = {raw!r}: expected a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    names = {item.name for item in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in names:
+            candidates = [prefix + name for name in sorted(names)] if prefix else sorted(names) + known_keys()
+            raise SettingsError(f"{where}: unknown key {prefix + str(key)!r}{_nearest(prefix + str(key), candidates)}")
+        if key == "model" and not prefix:
+            if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+                raise SettingsError(f"{where}: model = {value!r}: expected a mapping of HymbaConfig fields")
+            values[key] = dict(value)
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type, hints[key]), value, prefix=f"{prefix}{key}.", where=where)
+        else:
+            values[key] = _convert(value, hints[key], f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise SettingsError(f"{name} = {value!r}: allowed are {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(value, next(kind for kind in arguments if kind is not type(None)), name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise SettingsError(f"{name} = {value!r}: expected a list")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(arguments):
+            raise SettingsError(f"{name} = {value!r}: expected a list of {len(arguments)} values")
+        return tuple(_convert(item, kind, f"{name}[{i}]") for i, (item, kind) in enumerate(zip(value, arguments)))
+    if hint is float:
+        # YAML 1.1 reads 1e-3 (no dot) as text; a person who writes it means the number.
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        raise SettingsError(f"{name} = {value!r}: expected a number")
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise SettingsError(f"{name} = {value!r}: expected a whole number")
+    if hint is bool and not isinstance(value, bool):
+        raise SettingsError(f"{name} = {value!r}: expected true or false")
+    if hint is str and not isinstance(value, str):
+        raise SettingsError(f"{name} = {value!r}: expected text")
+    return value
+
+
+def _check_ranges(settings: TrainSettings) -> None:
+    """Value limits that a type cannot say."""
+
+    def need(condition: bool, key: str, value: Any, allowed: str) -> None:
+        if not condition:
+            raise SettingsError(f"{key} = {value!r}: {allowed}")
+
+    data, run, schedule, optimizer = settings.data, settings.run, settings.schedule, settings.optimizer
+    need(0.0 <= data.held_out < 1.0, "data.held_out", data.held_out, "expected 0 <= value < 1")
+    need(data.sequence_length >= 2, "data.sequence_length", data.sequence_length, "expected at least 2 tokens")
+    need(
+        data.source != "files" or bool(data.paths),
+        "data.paths",
+        list(data.paths),
+        "name at least one file or folder",
+    )
+    need(
+        data.source != "datasets" or bool(data.dataset),
+        "data.dataset",
+        data.dataset,
+        "name a dataset or its folder",
+    )
+    need(
+        settings.tokenizer.path is not None or settings.tokenizer.vocab_size >= 260,
+        "tokenizer.vocab_size",
+        settings.tokenizer.vocab_size,
+        "a byte-level vocabulary needs at least 260 entries (256 bytes and the special tokens)",
+    )
+    for name in (
+        "steps",
+        "batch_size",
+        "gradient_accumulation",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+    ):
+        need(getattr(run, name) >= 1, f"run.{name}", getattr(run, name), "expected at least 1")
+    for name in ("threads", "evaluate_every", "evaluate_bytes", "seed"):
+        need(getattr(run, name) >= 0, f"run.{name}", getattr(run, name), "expected 0 or more")
+    for name in ("warmup", "decay", "floor"):
+        value = getattr(schedule, name)
+        need(0.0 <= value <= 1.0, f"schedule.{name}", value, "expected a fraction between 0 and 1")
+    need(
+        schedule.warmup + schedule.decay <= 1.0,
+        "schedule.warmup + schedule.decay",
+        schedule.warmup + schedule.decay,
+        "the two fractions must not exceed 1 together",
+    )
+    need(
+        optimizer.learning_rate > 0,
+        "optimizer.learning_rate",
+        optimizer.learning_rate,
+        "expected more than 0",
+    )
+    need(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "expected 0 or more")
+    need(
+        optimizer.clip_norm >= 0,
+        "optimizer.clip_norm",
+        optimizer.clip_norm,
+        "expected 0 (no clipping) or more",
+    )
+    need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "expected more than 0")
+    for beta in optimizer.betas:
+        need(0.0 <= beta < 1.0, "optimizer.betas", list(optimizer.betas), "expected 0 <= value < 1")
+    need(run.init_from is None or bool(run.init_from), "run.init_from", run.init_from, "name a folder, or null")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataSettings,
+    "tokenizer": TokenizerSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "run": RunSettings,
+    "export": ExportSettings,
+}

@@ -1,0 +1,290 @@
+"""``hymba train``: from a settings file to a checkpoint folder in the released layout.
+
+The output folder holds ``settings.yaml``, ``corpus.json``, ``tokenizer/``, ``log.jsonl``, ``tensorboard/``,
+``checkpoint-<step>/`` and, at the end, the exported folder. Running the same command again goes on from the last
+complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from hymba.config import HymbaConfig
+from hymba.experiments import checkpoints
+from hymba.experiments.bits import Bits, bits_per_byte
+from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
+from hymba.experiments.corpus import Corpus, Document, byte_length, load_corpus
+from hymba.experiments.packing import TokenRows
+from hymba.experiments.settings import SettingsError, TrainSettings, load_settings
+from hymba.experiments.tokenizer import build_tokenizer, encode_documents
+from hymba.experiments.trainer import HymbaTrainer
+from hymba.model import HymbaForCausalLM
+
+RECORD_NAME = "training.json"
+# Settings that a resumed run may change, because no loss depends on them.
+_FREE_ON_RESUME = {
+    "run": frozenset(
+        "output threads log_every save_every keep_checkpoints evaluate_every evaluate_bytes tensorboard resume".split()
+    ),
+    "export": frozenset("folder dtype evaluate".split()),
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: ``finished``, or ``interrupted`` by a signal after saving ``checkpoint``."""
+
+    status: str
+    step: int
+    output: Path
+    checkpoint: Path | None
+    exported: Path | None
+    bits_per_byte: float | None
+    parameters: int
+    passes: float
+
+
+def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
+    """Run or resume a training described by a YAML file and ``key=value`` overrides.
+
+    Returns:
+        A :class:`TrainResult`. After Ctrl-C its status is ``interrupted`` and the same command resumes.
+
+    Raises:
+        SettingsError, hymba.config.ConfigError: the settings; raised before anything is written.
+        CorpusError: the corpus is missing, empty or not text.
+        OutputError: the output folder cannot take the run's files; complete checkpoints survive.
+    """
+    settings = load_settings(config_path, overrides)
+    output = Path(settings.run.output).expanduser()
+    first = int(os.environ.get("RANK", "0")) == 0
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    torch.manual_seed(settings.run.seed)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    if first:
+        checkpoints.check_output(output, needed=0)
+        checkpoints.clear_leftovers(output)
+    checkpoint = find_resume_point(settings, output)
+    say = print if first else _silent
+    corpus = load_corpus(settings.data)
+    sizes = [sum(byte_length(d.text) for d in side) for side in (corpus.train, corpus.held_out)]
+    say(
+        f"corpus: {corpus.description}: {len(corpus.train)} documents, {sizes[0]:,} bytes to train on; "
+        f"{len(corpus.held_out)} documents, {sizes[1]:,} bytes held out"
+    )
+    if checkpoint is not None:
+        check_corpus(corpus, output)
+    tokenizer = build_tokenizer(settings.tokenizer, (d.text for d in corpus.train), settings.data.sequence_length)
+    model = build_model(settings, tokenizer)
+    rows = TokenRows(
+        encode_documents(tokenizer, [document.text for document in corpus.train]),
+        length=settings.data.sequence_length,
+        rows=settings.run.steps * settings.run.batch_size * settings.run.gradient_accumulation * _world_size(),
+        seed=settings.run.seed,
+        layout=settings.data.layout,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"model: {parameters:,} parameters; tokenizer: {len(tokenizer):,} tokens; {settings.run.steps:,} steps, "
+        f"{rows.rows * rows.length:,} tokens, {rows.passes:.2f} passes over the corpus"
+    )
+    if first:
+        prepare_output(settings, output, corpus, tokenizer, parameters)
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
+
+    stop = StopOnSignal()
+    trainer = HymbaTrainer(model, settings, rows, output=output, tokenizer=tokenizer, callbacks=[Progress(), stop])
+    if settings.run.tensorboard:
+        trainer.add_callback(TensorBoard(output / "tensorboard"))
+    if settings.run.evaluate_every and corpus.held_out:
+        sample = sample_documents(corpus.held_out, settings.run.evaluate_bytes)
+        context = settings.data.sequence_length
+        trainer.add_callback(
+            HeldOut(
+                settings.run.evaluate_every,
+                lambda: bits_per_byte(trainer.model, tokenizer, sample, context=context).per_byte,
+                trainer.log,
+            )
+        )
+    with stop:
+        trainer.resume(checkpoint)
+        trainer.accelerator.wait_for_everyone()
+    step = trainer.state.global_step
+    saved = checkpoints.complete_checkpoints(output)
+    last = saved[-1] if saved else None
+    common: dict[str, Any] = {
+        "step": step, "output": output, "checkpoint": last, "parameters": parameters, "passes": rows.passes
+    }  # fmt: skip
+    if step < settings.run.steps:
+        say(f"stopped at step {step}; saved {last}; the same command goes on from there")
+        return TrainResult("interrupted", exported=None, bits_per_byte=None, **common)
+    exported, measured = output / settings.export.folder, None
+    if first:
+        assert last is not None
+        measured = export(settings, corpus, tokenizer, last, exported)
+        say(f"exported: {exported}" + (f"; held-out bits per byte: {measured.per_byte:.4f}" if measured else ""))
+    return TrainResult("finished", exported=exported, bits_per_byte=measured.per_byte if measured else None, **common)
+
+
+def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> HymbaForCausalLM:
+    """A model in fp32: new from ``settings.model``, or from ``run.init_from``.
+
+    Raises:
+        SettingsError: a vocabulary smaller than the tokenizer's.
+        hymba.config.ConfigError: an unknown or impossible ``model`` field.
+    """
+    fields = dict(settings.model)
+    if settings.run.init_from is not None:
+        model = HymbaForCausalLM.from_pretrained(settings.run.init_from, dtype=torch.float32, **fields)
+    else:
+        fields.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            fields.setdefault(name, getattr(tokenizer, name))
+        model = HymbaForCausalLM(HymbaConfig(**fields))
+    if model.config.vocab_size < len(tokenizer):
+        raise SettingsError(
+            f"model.vocab_size = {model.config.vocab_size}: the tokenizer has {len(tokenizer)} tokens; "
+            "leave model.vocab_size out or set it to at least that"
+        )
+    model.config.use_cache = True
+    return model.float()
+
+
+def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
+    """The last complete checkpoint under ``output``, if the run there was started with the same settings.
+
+    Raises:
+        SettingsError: the folder holds another run, or ``run.resume`` forbids going on; names what differs.
+    """
+    found = checkpoints.complete_checkpoints(output)
+    if not found:
+        return None
+    if settings.run.resume == "never":
+        raise SettingsError(
+            f"run.resume = 'never': {output} already has {found[-1].name}; choose another run.output or delete it"
+        )
+    try:
+        before = yaml.safe_load((output / "settings.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{output}: has checkpoints but no readable settings.yaml: {error}") from error
+    different = changed_settings(before, settings.to_dict())
+    if different:
+        raise SettingsError(
+            f"run.output = {settings.run.output!r}: holds a run with other settings: {'; '.join(different)}; "
+            "use the same settings to resume, or choose another run.output"
+        )
+    return found[-1]
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``section.key: old -> new`` for every setting that a resumed run must not change."""
+    changes = []
+    for section, values in now.items():
+        old = before.get(section) or {}
+        for key in sorted(set(old) | set(values)):
+            if key in _FREE_ON_RESUME.get(section, ()):
+                continue
+            if old.get(key) != values.get(key):
+                changes.append(f"{section}.{key}: {old.get(key)!r} -> {values.get(key)!r}")
+    return changes
+
+
+def check_corpus(corpus: Corpus, output: Path) -> None:
+    """Refuse to resume on other text than the run was started with.
+
+    Raises:
+        SettingsError: names both hashes and Python versions.
+    """
+    path = output / "corpus.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["sha256"] != corpus.digest():
+        raise SettingsError(
+            f"{path}: the corpus has changed since this run was started (sha256 {before['sha256'][:12]} with Python "
+            f"{before['python']}, now {corpus.digest()[:12]} with {platform.python_version()}); "
+            "choose another run.output"
+        )
+
+
+def prepare_output(
+    settings: TrainSettings, output: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, parameters: int
+) -> None:
+    """Check the space that the run will need, and write down what it is made from."""
+    # Weights and two optimizer moments in fp32, for the checkpoints kept and the one being written; the export.
+    needed = parameters * 12 * (settings.run.keep_checkpoints + 1) + parameters * 4 + (8 << 20)
+    checkpoints.check_output(output, needed)
+    try:
+        checkpoints.write_text(output / "settings.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        checkpoints.write_text(output / "corpus.json", json.dumps(corpus.record(), indent=1) + "\n")
+        with checkpoints.written_folder(output / "tokenizer", sealed=False) as folder:
+            tokenizer.save_pretrained(str(folder))
+    except OSError as error:
+        if isinstance(error, checkpoints.OutputError):
+            raise
+        raise checkpoints.OutputError(f"run.output = {str(output)!r}: cannot be written to: {error}") from error
+
+
+def sample_documents(documents: Iterable[Document], limit: int) -> list[Document]:
+    """Documents in order until ``limit`` bytes are full; the last one may be cut at a line's end."""
+    taken: list[Document] = []
+    room = limit
+    for document in documents:
+        size = byte_length(document.text)
+        if size > room:
+            cut = document.text.encode("utf-8")[:room].decode("utf-8", "ignore")
+            cut = cut[: cut.rfind("\n") + 1] or cut
+            if cut:
+                taken.append(Document(document.name, cut))
+            break
+        taken.append(document)
+        room -= size
+    return taken
+
+
+def export(
+    settings: TrainSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, folder: Path
+) -> Bits | None:
+    """Write the checkpoint's weights in ``export.dtype`` with tokenizer and record; measure what was written.
+
+    The measurement runs the exported (rounded) weights in fp32 over every held-out document.
+    """
+    dtype = getattr(torch, settings.export.dtype)
+    measured = None
+    with checkpoints.written_folder(folder, sealed=False) as staging:
+        HymbaForCausalLM.from_pretrained(checkpoint, dtype=dtype).save_pretrained(staging)
+        tokenizer.save_pretrained(str(staging))
+        if settings.export.evaluate and corpus.held_out:
+            model = HymbaForCausalLM.from_pretrained(staging, dtype=torch.float32)
+            context = settings.data.sequence_length
+            measured = bits_per_byte(model, tokenizer, corpus.held_out, context=context)
+        record = {
+            "settings": settings.to_dict(),
+            "held_out": None if measured is None else {**asdict(measured), "bits_per_byte": measured.per_byte},
+            "versions": {name: version(name) for name in ("hymba", "torch", "transformers", "tokenizers")},
+            "corpus": corpus.record(),
+        }
+        (staging / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return measured
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _silent(*_: object) -> None:
+    """Stands for print in all processes but the first."""

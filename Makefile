@@ -55,7 +55,7 @@ test-wheel: $(VENV)/.installed-dev
 	scripts/test_wheel.sh -n auto --maxprocesses 8 --dist worksteal $(brief)
 
 thorough: $(VENV)/.installed-dev
-	$(pytest) --hypothesis-profile thorough --property-cases 10000 -k property
+	$(pytest) --hypothesis-profile thorough --property-cases 10000 -m hypothesis
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

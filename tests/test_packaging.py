@@ -49,6 +49,12 @@ def test_the_installed_package_has_its_data() -> None:
     assert (default / "model.safetensors").is_file()
 
 
+def test_every_folder_of_modules_is_a_package() -> None:
+    # setuptools leaves a folder without __init__.py out of the wheel, and nothing in a checkout misses it.
+    folders = {path.parent for path in Path(str(files("hymba"))).rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
 def test_the_command_is_installed() -> None:
     scripts = importlib.metadata.distribution("hymba").entry_points.select(group="console_scripts")
     assert {(s.name, s.value) for s in scripts} == {("hymba", "hymba.cli:app")}

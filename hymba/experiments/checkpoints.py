@@ -73,7 +73,9 @@ def rotate(output: Path, keep: int) -> None:
 
 
 @contextmanager
-def written_folder(target: Path, *, main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def written_folder(
+    target: Path, *, sealed: bool = True, main: bool = True, wait: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Give a temporary folder beside ``target``; on leaving, put it in ``target``'s place.
 
     If anything fails, the temporary folder is removed and an existing ``target`` stays.

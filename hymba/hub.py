@@ -205,18 +205,20 @@ def expected_tensors(model: nn.Module, *, prefix: str = "") -> dict[str, torch.S
     return {released_name(prefix + name): tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
+def holds_nan(tensor: torch.Tensor) -> bool:
+    """Whether a floating-point tensor holds a NaN."""
+    # A sum with a NaN in it is NaN. It is one pass at memory speed without a temporary; `amax` takes three times as
+    # long in bfloat16. Infinities of both signs have a NaN sum as well, so a suspicion is looked at again.
+    return bool(tensor.sum().isnan()) and bool(tensor.isnan().any())
+
+
 def scan_for_nan(model: nn.Module) -> list[str]:
     """Names (as in the file) of parameters that hold a NaN, with one warning that names them."""
-    bad = []
-    for name, tensor in model.named_parameters():
-        # The largest value of a tensor with a NaN is NaN, and finding it is one pass without a temporary.
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not tensor.is_meta
-            and bool(tensor.detach().amax().isnan())
-        ):
-            bad.append(released_name(name))
+    bad = [
+        released_name(name)
+        for name, tensor in model.named_parameters()
+        if tensor.is_floating_point() and not tensor.is_meta and holds_nan(tensor.detach())
+    ]
     if bad:
         logger.warning(f"the checkpoint holds NaN in {len(bad)} tensors: {', '.join(bad)}")
     return bad

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,29 +157,26 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
 
 
 def check_checkpoint(
-    files: Iterable[Path], expected: dict[str, torch.Size], *, optional: Iterable[str] = ()
-) -> dict[str, dict[str, Any]]:
+    headers: Mapping[Path, dict[str, dict[str, Any]]],
+    expected: dict[str, torch.Size],
+    *,
+    optional: Iterable[str] = (),
+) -> None:
     """Compare what the files hold with what the model needs, by their headers alone.
 
     Args:
-        files: safetensors files.
+        headers: what `read_header` gave for each safetensors file.
         expected: released name to shape, for every parameter of the model.
         optional: names that may be there and are not read (`lm_head.weight` for the bare model), or may be missing
             (tied weights).
 
-    Returns:
-        header entry (dtype, shape) of every tensor found, by released name.
-
     Raises:
-        CheckpointError: missing, unknown or mis-shaped tensors, or a damaged file.
+        CheckpointError: missing, unknown or mis-shaped tensors.
     """
     optional = set(optional)
-    found: dict[str, tuple[Path, list[int]]] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for path in files:
-        for name, entry in read_header(path).items():
-            found[name] = (path, entry["shape"])
-            entries[name] = entry
+    found: dict[str, tuple[Path, list[int]]] = {
+        name: (path, entry["shape"]) for path, header in headers.items() for name, entry in header.items()
+    }
     problems = []
     for name, shape in expected.items():
         if name in found:
@@ -197,7 +194,6 @@ def check_checkpoint(
         where = ", ".join(sorted({str(path.parent) for path, _ in found.values()}))
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"checkpoint {where} does not fit its config.json: " + "; ".join(problems[:8]) + more)
-    return entries
 
 
 def expected_tensors(model: nn.Module, *, prefix: str = "") -> dict[str, torch.Size]:

@@ -6,8 +6,9 @@ import contextvars
 import functools
 import inspect
 import os
-import types
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,27 @@ import torch
 from hymba import hub
 from hymba.config import HymbaConfig, nearest
 
-_FILE_DTYPES: contextvars.ContextVar[Mapping[str, torch.dtype]] = contextvars.ContextVar(
-    "file_dtypes", default=types.MappingProxyType({})
-)
-"""Dtype of each tensor of the checkpoint that is being loaded, by our names."""
+
+@dataclass(frozen=True)
+class _Files:
+    """The checkpoint that is being loaded, as its headers describe it.
+
+    Attributes:
+        cls: the class that loads it. headers: header of each file.
+        dtypes: dtype of each tensor by our names, when parameters keep them.
+    """
+
+    cls: type
+    headers: Mapping[Path, dict[str, dict[str, Any]]]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def tensor_dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every tensor, by our names."""
+        entries = [item for header in self.headers.values() for item in header.items()]
+        return {hub.our_name(name): hub.torch_dtype(entry["dtype"]) for name, entry in entries}
+
+
+_FILES: contextvars.ContextVar[_Files | None] = contextvars.ContextVar("files", default=None)
 
 
 class CheckpointMixin:
@@ -39,7 +57,7 @@ class CheckpointMixin:
         """
         config = kwargs.get("config")
         plain = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
-        dtypes: dict[str, torch.dtype] = {}
+        files: _Files | None = None
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             location = {name: kwargs[name] for name in names if kwargs.get(name) not in (None, False, "")}
@@ -51,17 +69,18 @@ class CheckpointMixin:
             quantised = getattr(config, "quantization_config", None) is not None
             folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if plain and not quantised else None
             if folder is not None and not os.path.isfile(folder / "adapter_config.json"):
-                headers = cls._check_files(folder, config, kwargs.get("variant"))
+                paths = hub.weight_files(folder, variant=kwargs.get("variant"))
+                files = _Files(cls, headers={path: hub.read_header(path) for path in paths})
                 if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"):
-                    dtypes = {hub.our_name(name): hub.torch_dtype(entry["dtype"]) for name, entry in headers.items()}
-                    widest = functools.reduce(torch.promote_types, dtypes.values())
+                    files = replace(files, dtypes=files.tensor_dtypes())
+                    widest = functools.reduce(torch.promote_types, files.dtypes.values()) if files.dtypes else None
                     kwargs.pop("torch_dtype", None)
                     kwargs["dtype"] = widest
-        token = _FILE_DTYPES.set(dtypes)
+        token = _FILES.set(files)
         try:
             model, *rest = _as_tuple(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))  # type: ignore[misc]
         finally:
-            _FILE_DTYPES.reset(token)
+            _FILES.reset(token)
         hub.scan_for_nan(model)
         generation = getattr(model, "generation_config", None)
         if generation is not None and generation.use_cache is False:
@@ -70,12 +89,18 @@ class CheckpointMixin:
         return (model, *rest) if rest else model
 
     def post_init(self) -> None:
-        """Give every parameter the dtype that it has in the file being loaded; `config.json` may name another."""
-        dtypes = _FILE_DTYPES.get()
-        for name, parameter in self.named_parameters() if dtypes else ():  # type: ignore[attr-defined]
-            dtype = dtypes.get(name, dtypes.get(f"model.{name}"))
-            if dtype is not None and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        """Hold the model that is being built for a checkpoint to its files, before a tensor is allocated.
+
+        Parameters get the dtype that they have in the file; `config.json` may name another.
+        """
+        files = _FILES.get()
+        if files is not None:
+            if type(self) is files.cls:
+                self._check_files(files.headers)
+            for name, parameter in self.named_parameters() if files.dtypes else ():  # type: ignore[attr-defined]
+                dtype = files.dtypes.get(name, files.dtypes.get(f"model.{name}"))
+                if dtype is not None and parameter.dtype != dtype:
+                    parameter.data = parameter.data.to(dtype)
         super().post_init()  # type: ignore[misc]
 
     @classmethod
@@ -90,24 +115,18 @@ class CheckpointMixin:
             if key not in known and f'"{key}"' not in source and not key.startswith("_"):
                 raise TypeError(f"from_pretrained() got an unexpected keyword argument {key!r}.{nearest(key, known)}")
 
-    @classmethod
-    def _check_files(cls, folder: Any, config: HymbaConfig, variant: str | None) -> dict[str, Any]:
-        from hymba.model import HymbaForCausalLM
-
-        with torch.device("meta"):
-            whole = HymbaForCausalLM(config)
-        expected = hub.expected_tensors(whole)
+    def _check_files(self, headers: Mapping[Path, dict[str, dict[str, Any]]]) -> None:
+        """Raise a CheckpointError unless the files hold exactly this model (or, for a bare model, one with a head)."""
+        whole = hasattr(self, "lm_head")
+        expected = hub.expected_tensors(self, prefix="" if whole else "model.")  # type: ignore[arg-type]
         optional = set()
-        if config.tie_word_embeddings:
+        if not whole or self.config.tie_word_embeddings:  # type: ignore[attr-defined]
             expected.pop("lm_head.weight", None)
             optional.add("lm_head.weight")
-        elif cls is not HymbaForCausalLM:
-            optional.add("lm_head.weight")
-        files = hub.weight_files(folder, variant=variant)
-        if not any(name.startswith("model.") for path in files for name in hub.read_header(path)):
+        if not any(name.startswith("model.") for header in headers.values() for name in header):
             # A bare HymbaModel was saved: its names lack the prefix.
             expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
-        return hub.check_checkpoint(files, expected, optional=optional)
+        hub.check_checkpoint(headers, expected, optional=optional)
 
 
 def _as_tuple(result: Any) -> tuple[Any, ...]:

@@ -108,6 +108,35 @@ class HymbaCache(Cache):
             )
         self.started = True
 
+    def functional(self, start: list[LayerState] | None = None) -> list[LayerState]:
+        """The states for a call that autograd records: nothing that the cache holds is written by it.
+
+        Args:
+            start: states after the meta tokens, with gradients, when the call is the first one.
+        """
+        states = []
+        for i, state in enumerate(self.layers):
+            kv = None if state.kv is None else replace(state.kv, in_place=False)
+            state = replace(state, kv=kv, in_place=False)
+            if start is not None:
+                own = start[i]
+                state = replace(state, prefix_k=own.prefix_k, prefix_v=own.prefix_v, conv=own.conv, ssm=own.ssm)
+            else:
+                # The graph keeps what the scan starts from, and `put` overwrites the cache's own tensors.
+                state = map_tensors(state, lambda name, tensor: tensor.clone() if name in ("conv", "ssm") else tensor)
+            states.append(state)
+        return states
+
+    def put(self, index: int, state: LayerState) -> None:
+        """Take over a layer's state after a call: as it is, or from `functional` states as a copy without gradients."""
+        if not state.in_place:
+            held = self.layers[index]
+            state = replace(state, prefix_k=held.prefix_k, prefix_v=held.prefix_v, in_place=True)
+            state = _overwrite(held, state)
+            if state.kv is not None:
+                state.kv.in_place = True
+        self.layers[index] = state
+
     def span(self, length: int, lengths: Tensor | None, *, rows: int, device: torch.device) -> Span:
         """Where `length` new tokens per row stand. Checks that they fit before anything is written."""
         if self._interrupted:
@@ -215,19 +244,10 @@ class HymbaCache(Cache):
         if len(snapshot.layers) != len(self.layers):
             raise CacheError(f"the snapshot has {len(snapshot.layers)} layers, the cache {len(self.layers)}")
 
-        def back(mine: LayerState, saved: LayerState) -> LayerState:
-            held: dict[str, Tensor] = {}
-            map_tensors(mine, lambda name, tensor: held.setdefault(name, tensor))
-
-            def one(name: str, tensor: Tensor) -> Tensor:
-                old = held.get(name)
-                if self.max_length is not None and old is not None and old.shape == tensor.shape:
-                    return old.copy_(tensor)
-                return tensor.clone()
-
-            return map_tensors(saved, one)
-
-        self.layers = [back(mine, saved) for mine, saved in zip(self.layers, snapshot.layers, strict=True)]
+        self.layers = [
+            _overwrite(mine, saved, fixed=self.max_length is not None)
+            for mine, saved in zip(self.layers, snapshot.layers, strict=True)
+        ]
         self.columns, self.uniform, self.started = snapshot.columns, snapshot.uniform, snapshot.started
         self.seen = None if snapshot.seen is None else snapshot.seen.clone()
         self.valid = list(snapshot.valid)
@@ -380,6 +400,31 @@ class HymbaCache(Cache):
         for state in self.layers:
             map_tensors(state, add)
         return total
+
+
+def _overwrite(held: LayerState, new: LayerState, *, fixed: bool = True) -> LayerState:
+    """`new` in the memory of `held` where shapes agree (and addresses are `fixed`), else as copies. No gradients."""
+    memory: dict[str, Tensor] = {}
+    map_tensors(held, lambda name, tensor: memory.setdefault(name, tensor))
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        old = memory.get(name)
+        if old is tensor:
+            return tensor
+        same = (
+            fixed
+            and old is not None
+            and (old.shape, old.dtype, old.device)
+            == (
+                tensor.shape,
+                tensor.dtype,
+                tensor.device,
+            )
+        )
+        return old.copy_(tensor) if same and old is not None else tensor.clone()
+
+    with torch.no_grad():
+        return map_tensors(new, own)
 
 
 def as_hymba_cache(past: Any, config: HymbaConfig) -> HymbaCache:

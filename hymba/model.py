@@ -305,8 +305,11 @@ class HymbaModel(HymbaPreTrainedModel):
         if cache is None:
             return self.meta_state()
         if not cache.started:
-            cache.begin(self.meta_state(), rows)
-        return cache.layers
+            meta = self.meta_state()
+            cache.begin(meta, rows)
+            if torch.is_grad_enabled():
+                return cache.functional(meta)
+        return cache.functional() if torch.is_grad_enabled() else cache.layers
 
     def _run(
         self,
@@ -339,7 +342,7 @@ class HymbaModel(HymbaPreTrainedModel):
             if i in lends:
                 shared[i] = kv
             if cache is not None:
-                cache.layers[i] = state
+                cache.put(i, state)
             if weights is not None and collected is not None:
                 weights.append([collected[0], kv.visibility.key])
         return x, hidden, weights

@@ -1,0 +1,21 @@
+"""How close is equal: every tolerance of the suite, with what it bounds. None is loosened to make a test pass."""
+
+# Against the reference implementation's numbers (tests/parity/golden/README.md), float32.
+LOGITS = 1e-4
+"""Largest absolute difference of logits and hidden states."""
+LOSS = 1e-5
+"""Relative difference of the loss."""
+GRADIENT = 1e-3
+"""||g - ref|| / ||ref|| of a gradient."""
+
+# Of the model against itself on another way to the same numbers.
+FLOAT64 = 1e-9
+"""Largest absolute difference of hidden states in float64: the ways differ in the order of sums only."""
+FLOAT64_LOGITS = 1e-5
+"""The same of logits, which are float32 whatever the weights are."""
+FLOAT32 = 1e-4
+"""Largest absolute difference of logits in float32."""
+FLOAT64_GRADIENT = 1e-8
+"""||g - g'|| / ||g'|| in float64."""
+BFLOAT16 = 0.12
+"""Largest absolute difference of bfloat16 logits of unit scale: roundings that fall differently, layer after layer."""

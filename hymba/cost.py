@@ -1,0 +1,260 @@
+"""What a model costs, from its configuration alone: parameters, floating-point operations, cache bytes.
+
+Nothing is built and torch is not needed. The tests hold every figure to a real model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hymba.layout import LayerSpec
+
+if TYPE_CHECKING:
+    from hymba.config import HymbaConfig
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SSM_BYTES = 4
+"""The SSM state is float32 whatever the model's dtype."""
+
+
+class _Parts:
+    """A frozen dataclass of integers that add up."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.to_dict().values())
+
+    def to_dict(self) -> dict[str, int]:
+        """Part name to value, without the total."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Parameters(_Parts):
+    """Parameters by what they are for; a shared matrix is split by its rows.
+
+    Attributes:
+        embedding: token embeddings. head: the output matrix, 0 when it is the embedding.
+        meta_tokens: the learned vectors before the text.
+        attention: projections to queries, keys and values, and their norms.
+        mamba: projections to SSM input and gate, convolution, step size, B, C, A, D, and the three norms.
+        fusion: the norm of each branch and the output projection.
+        mlp: the feed-forward halves.
+        norms: before each mixer and MLP, and the last one.
+    """
+
+    embedding: int
+    head: int
+    meta_tokens: int
+    attention: int
+    mamba: int
+    fusion: int
+    mlp: int
+    norms: int
+
+
+@dataclass(frozen=True)
+class Flops(_Parts):
+    """Forward FLOPs, a multiplication and an addition counted as two.
+
+    Attributes:
+        projections: into and out of the mixers.
+        attention: scores and weighted values; the only part that depends on the length.
+        mamba: convolution, projections to step size, B and C, and the scan.
+        mlp: the feed-forward halves. head: the logits.
+
+    Not counted: the embedding lookup, norms, activations, rotary, softmax, residual additions, and the pass of the
+    meta tokens, which happens once per cache.
+    """
+
+    projections: int
+    attention: int
+    mamba: int
+    mlp: int
+    head: int
+
+
+@dataclass(frozen=True)
+class CacheBytes(_Parts):
+    """Bytes that decoding holds.
+
+    Attributes:
+        global_kv: keys and values of the text on layers without a window; a layer that borrows has none.
+        windowed_kv: the same on layers with one.
+        meta_kv: keys and values of the meta tokens, held once for the whole batch.
+        conv: the last inputs of each convolution. ssm: the SSM states, float32.
+    """
+
+    global_kv: int
+    windowed_kv: int
+    meta_kv: int
+    conv: int
+    ssm: int
+
+
+def parameters(config: HymbaConfig) -> Parameters:
+    """Parameters by part, as `sum(p.numel() for p in model.parameters())` counts them (a tied head once)."""
+    d, inner, state = config.hidden_size, config.d_inner, config.mamba_d_state
+    rank = int(config.mamba_dt_rank)
+    bias = 1 if config.mamba_proj_bias else 0
+    attention = mamba = fusion = mlp = norms = 0
+    for spec in config.layers:
+        attention += _qkv_width(config, spec) * (d + bias) + _qk_norm(config)
+        mamba += 2 * inner * (d + bias)
+        mamba += inner * (config.mamba_d_conv + 1) + inner * (rank + 2 * state) + rank * inner
+        # dt_bias, A_log and D, then the norms of step size, B and C.
+        mamba += inner * (2 + state) + rank + 2 * state
+        fusion += 2 * inner + d * (inner + bias)
+        norms += d
+        if spec.ffn:
+            mlp += _mlp_matrices(config) * d * config.intermediate_size
+            norms += d
+    embedding = config.vocab_size * d
+    return Parameters(
+        embedding=embedding,
+        head=0 if config.tie_word_embeddings else embedding,
+        meta_tokens=config.num_memory_tokens * d,
+        attention=attention,
+        mamba=mamba,
+        fusion=fusion,
+        mlp=mlp,
+        norms=norms + d,
+    )
+
+
+def flops_per_token(config: HymbaConfig, length: int) -> Flops:
+    """Forward FLOPs of one token that has `length` text tokens before it."""
+    _check("length", length, 0)
+    return _flops(config, tokens=1, visible=lambda window: _sees(length, window) + config.num_memory_tokens)
+
+
+def flops_of_text(config: HymbaConfig, length: int) -> Flops:
+    """Forward FLOPs of a text of `length` tokens, logits at every one: the sum of `flops_per_token` over it."""
+    _check("length", length, 0)
+
+    def visible(window: int | None) -> int:
+        reach = length if window is None else min(window, length)
+        # The first `reach` tokens see 1, 2, ..., reach keys, the others window + 1 each.
+        return reach * (reach + 1) // 2 + (length - reach) * (reach + 1) + length * config.num_memory_tokens
+
+    return _flops(config, tokens=length, visible=visible)
+
+
+def cache_bytes(
+    config: HymbaConfig, length: int, *, batch: int = 1, dtype: Any = "bfloat16", static: bool = False
+) -> CacheBytes:
+    """Bytes that a `HymbaCache` holds for `batch` rows of `length` text tokens.
+
+    Args:
+        config: the architecture.
+        length: text tokens per row; for a static cache the `max_length` that it has room for.
+        batch: rows.
+        dtype: of keys, values and convolution inputs: a name of `DTYPE_BYTES` or a torch dtype.
+        static: buffers of a fixed size, in which a windowed layer has one slot more than its window. Without, the
+            bytes after one prefill; a cache that grows token by token has up to a quarter of spare slots on layers
+            without a window.
+
+    Raises:
+        ValueError: a length, batch or dtype that cannot be.
+    """
+    _check("length", length, 0)
+    _check("batch", batch, 1)
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise ValueError(f"dtype={dtype!r}: allowed: {', '.join(DTYPE_BYTES)}")
+    width = DTYPE_BYTES[name]
+    position = _kv_width(config) * width
+    slots = {None: 0, "windowed": 0}
+    owners = 0
+    for spec in config.layers:
+        if spec.kv_from is not None:
+            continue
+        owners += 1
+        if spec.window is None:
+            slots[None] += length
+        else:
+            slots["windowed"] += min(length, spec.window + (1 if static else 0))
+    layers, inner = config.num_hidden_layers, config.d_inner
+    return CacheBytes(
+        global_kv=batch * slots[None] * position,
+        windowed_kv=batch * slots["windowed"] * position,
+        meta_kv=owners * config.num_memory_tokens * position,
+        conv=batch * layers * inner * (config.mamba_d_conv - 1) * width,
+        ssm=batch * layers * inner * config.mamba_d_state * _SSM_BYTES,
+    )
+
+
+def paper_cache_bytes(config: HymbaConfig, length: int = 8000) -> float:
+    """Cache bytes by the arithmetic behind the paper's tables, for comparison with them only.
+
+    Two bytes a number throughout; meta tokens on the global layers alone; with KV sharing exactly half of the windowed
+    layers own keys and values, whatever the groups are; no convolution inputs; and the tables' "8k" is 8,000 tokens,
+    their MB 10^6 bytes. For what a cache takes up, see `cache_bytes`.
+    """
+    _check("length", length, 0)
+    specs = config.layers
+    windowed = [spec for spec in specs if spec.window is not None]
+    share = 2 if any(spec.kv_from is not None for spec in specs) else 1
+    slots = (len(specs) - len(windowed)) * (length + config.num_memory_tokens)
+    ring = (config.sliding_window or 0) * len(windowed) / share
+    state = len(specs) * config.d_inner * config.mamba_d_state
+    return 2 * (_kv_width(config) * (slots + ring) + state)
+
+
+def _check(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: allowed: integers from {least}")
+
+
+def _kv_width(config: HymbaConfig) -> int:
+    """Numbers that one position's key and value take up on one layer."""
+    return int(config.num_key_value_heads or 0) * (config.head_dim + int(config.v_head_dim or 0))
+
+
+def _qkv_width(config: HymbaConfig, spec: LayerSpec) -> int:
+    """Rows of the input projection that make queries, keys and values."""
+    return config.hidden_size + (_kv_width(config) if spec.kv_from is None else 0)
+
+
+def _qk_norm(config: HymbaConfig) -> int:
+    if config.kq_norm == "rms":
+        return 2 * config.head_dim
+    if config.kq_norm == "perhead-rms":
+        return (config.num_attention_heads + int(config.num_key_value_heads or 0)) * config.head_dim
+    return 0
+
+
+def _mlp_matrices(config: HymbaConfig) -> int:
+    return 3 if config.mlp_hidden_act == "silu" else 2
+
+
+def _sees(length: int, window: int | None) -> int:
+    """Text keys that a token with `length` tokens before it sees, its own included."""
+    return 1 + (length if window is None else min(length, window))
+
+
+def _flops(config: HymbaConfig, *, tokens: int, visible: Any) -> Flops:
+    """FLOPs of `tokens` tokens whose visible keys, summed over them, are `visible(window)` on a layer."""
+    d, inner, state = config.hidden_size, config.d_inner, config.mamba_d_state
+    rank = int(config.mamba_dt_rank)
+    # A key costs one product of width head_dim and one of width v_head_dim in every query head.
+    per_key = 2 * config.num_attention_heads * (config.head_dim + int(config.v_head_dim or 0))
+    # Per channel and state: dt*A, exp, (dt*x)*B, state*decay, their sum, times C, added up; per channel: dt*x,
+    # D*x added, times the gate.
+    scan = inner * (7 * state + 4)
+    branch = 2 * inner * (config.mamba_d_conv + rank + 2 * state + rank) + scan
+    projections = attention = mamba = mlp = 0
+    for spec in config.layers:
+        projections += 2 * d * (_qkv_width(config, spec) + 2 * inner + inner)
+        attention += per_key * visible(spec.window)
+        mamba += branch
+        mlp += 2 * _mlp_matrices(config) * d * config.intermediate_size if spec.ffn else 0
+    return Flops(
+        projections=tokens * projections,
+        attention=attention,
+        mamba=tokens * mamba,
+        mlp=tokens * mlp,
+        head=tokens * 2 * config.vocab_size * d,
+    )

@@ -1,0 +1,145 @@
+"""Parameters, FLOPs and cache bytes computed from a configuration are those of the real model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
+from hymba.cost import cache_bytes, flops_of_text, flops_per_token, paper_cache_bytes, parameters
+
+RELEASE = HymbaConfig(
+    global_attn_idx=[0, 15, 31],
+    kv_reuse_group=[[i, i + 1] for i in range(1, 15, 2)] + [[16, 17, 18]] + [[i, i + 1] for i in range(19, 31, 2)],
+)
+SMALL = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, num_memory_tokens=6, sliding_window=8, global_attn_idx=[0, 4], mamba_d_state=4,
+)  # fmt: skip
+CONFIGS = {
+    "groups": {**SMALL, "kv_reuse_group": [[1, 2, 3]]},
+    "every-2-no-window": {**SMALL, "sliding_window": None, "global_attn_idx": None, "kv_reuse_every_i_layer": 2},
+    "all-windowed": {**SMALL, "global_attn_idx": [], "mamba_d_conv": 2},
+    "no-meta-untied-relu2-bias": {
+        **SMALL,
+        "num_memory_tokens": 0,
+        "tie_word_embeddings": False,
+        "mlp_hidden_act": "relu2",
+        "mamba_proj_bias": True,
+        "kq_norm": "perhead-rms",
+        "mamba_dt_rank": 3,
+    },
+    "qk-rms-mha-expand-3": {**SMALL, "kq_norm": "rms", "num_key_value_heads": None, "mamba_expand": 3},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> HymbaConfig:
+    return HymbaConfig(**CONFIGS[request.param])
+
+
+def test_parameters_are_those_of_the_model(config: HymbaConfig) -> None:
+    with torch.device("meta"):
+        model = HymbaForCausalLM(config)
+    count = parameters(config)
+    assert count.total == sum(p.numel() for p in model.parameters())
+    assert count.embedding == model.model.embed_tokens.weight.numel()
+    assert count.mlp == sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
+
+
+def test_parameters_of_the_release() -> None:
+    count = parameters(RELEASE)
+    assert count.total == 1_522_797_824
+    assert count.total * 2 == 3_045_595_648
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "length"), [(1, 3), (3, 8), (2, 21)])
+def test_cache_bytes_are_those_of_a_cache(config: HymbaConfig, rows: int, length: int, dtype: torch.dtype) -> None:
+    model = HymbaForCausalLM(config).to(dtype).eval()
+    ids = torch.randint(0, config.vocab_size, (rows, length))
+    for cache, static in ((HymbaCache(config), False), (HymbaCache(config, max_length=length), True)):
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        expected = cache_bytes(config, length, batch=rows, dtype=dtype, static=static)
+        assert cache.nbytes() == expected.total
+
+
+def test_a_static_cache_never_changes_its_size() -> None:
+    config = HymbaConfig(**CONFIGS["groups"])
+    model, cache = HymbaForCausalLM(config).eval(), HymbaCache(config, max_length=40)
+    expected = cache_bytes(config, 40, batch=2, dtype="float32", static=True).total
+    with torch.no_grad():
+        for chunk in torch.randint(0, 97, (2, 40)).split([1, 1, 20, 1, 17], dim=1):
+            model(chunk, past_key_values=cache)
+            assert cache.nbytes() == expected
+
+
+def test_cache_bytes_of_the_release() -> None:
+    # SPEC section 5 has 82.3 MiB with a convolution window of 4; this one keeps the 3 inputs that are needed.
+    held = cache_bytes(RELEASE, 8192)
+    assert held.global_kv + held.windowed_kv + held.meta_kv == 2 * 960 * (3 * 8320 + 14 * 1152)
+    assert held.conv == 2 * 32 * 3200 * 3
+    assert held.ssm == 4 * 32 * 3200 * 16
+    assert held.total + 2 * 32 * 3200 == pytest.approx(82.3 * 2**20, rel=1e-3)
+    assert cache_bytes(RELEASE, 8192, batch=4).meta_kv == held.meta_kv
+
+
+def test_matrix_flops_are_those_that_torch_counts(config: HymbaConfig) -> None:
+    """One decoding step: its matrix products are all that torch's counter sees."""
+    model = HymbaForCausalLM(config).eval()
+    length = 20  # past the window: a ring that is not full yet is attended to with its empty slots masked
+    cache = HymbaCache(config)
+    with torch.no_grad():
+        model(torch.randint(0, config.vocab_size, (1, length)), past_key_values=cache)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.tensor([[1]]), past_key_values=cache)
+    flops = flops_per_token(config, length)
+    inner, rank, state = config.d_inner, int(config.mamba_dt_rank), config.mamba_d_state
+    products = 2 * config.num_hidden_layers * inner * (2 * rank + 2 * state)
+    assert counter.get_total_flops() == flops.total - flops.mamba + products
+    # The rest of the Mamba heads is the convolution and the scan: 7 per channel and state, 4 per channel.
+    assert flops.mamba - products == config.num_hidden_layers * inner * (2 * config.mamba_d_conv + 7 * state + 4)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 10, 40])
+def test_a_text_costs_what_its_tokens_cost(config: HymbaConfig, length: int) -> None:
+    tokens = [flops_per_token(config, position).to_dict() for position in range(length)]
+    assert flops_of_text(config, length).to_dict() == {
+        part: sum(token[part] for token in tokens) for part in flops_of_text(config, length).to_dict()
+    }
+
+
+def test_only_attention_depends_on_the_length_and_only_until_the_window_is_full() -> None:
+    config = HymbaConfig(**CONFIGS["all-windowed"])
+    near, full, far = (flops_per_token(config, n) for n in (3, 8, 8000))
+    assert near.attention < full.attention
+    assert full == far
+
+
+def test_the_papers_own_arithmetic() -> None:
+    assert paper_cache_bytes(RELEASE) / 1e6 == pytest.approx(78.6, abs=0.05)
+    # Rows 5, 7, 8, 9 and 13 of Table 10: the 300M model, with what each row switches on.
+    shape = dict(hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=4)
+    three = [0, 6, 11]
+    groups = [[1, 2], [3, 4], [7, 8], [9, 10]]
+    for fields, printed in (
+        (dict(sliding_window=None, num_memory_tokens=0), 148.24),
+        (dict(sliding_window=256, num_memory_tokens=0), 5.51),
+        (dict(sliding_window=256, num_memory_tokens=0, global_attn_idx=three), 41.19),
+        (dict(sliding_window=256, num_memory_tokens=0, global_attn_idx=three, kv_reuse_group=groups), 39.42),
+        (dict(sliding_window=256, num_memory_tokens=128, global_attn_idx=three, kv_reuse_group=groups), 40.01),
+    ):
+        assert paper_cache_bytes(HymbaConfig(**shape, **fields)) / 1e6 == pytest.approx(printed, abs=0.006)
+
+
+def test_a_length_batch_or_dtype_that_cannot_be_is_refused() -> None:
+    for call, message in (
+        (lambda: cache_bytes(RELEASE, -1), "length=-1: allowed: integers from 0"),
+        (lambda: cache_bytes(RELEASE, 10, batch=0), "batch=0: allowed: integers from 1"),
+        (lambda: cache_bytes(RELEASE, 10, dtype="int8"), "dtype='int8': allowed: float32, bfloat16, float16"),
+        (lambda: flops_per_token(RELEASE, 1.5), "length=1.5: allowed: integers from 0"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+            call()

@@ -49,7 +49,9 @@ ROOMS = {
     "model": room(f"decoding generation loading inputs {CORE}"),
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),
-    "cli": room(f"__init__ experiments eval {MODEL}"),
+    "chat": room(f"__init__ {MODEL}"),
+    "commands": room(f"__init__ experiments eval chat {MODEL}"),
+    "cli": room(f"__init__ commands experiments eval chat {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
     "__init__": room(MODEL),
     "__main__": room("cli"),

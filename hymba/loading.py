@@ -6,34 +6,76 @@ import contextvars
 import functools
 import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import modeling_utils
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from hymba import hub
 from hymba.config import HymbaConfig, nearest
 
+_on_hub_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda path: False)
 
-@dataclass(frozen=True)
+
 class _Files:
     """The checkpoint that is being loaded, as its headers describe it.
 
-    Attributes:
+    Args:
         cls: the class that loads it. headers: header of each file.
-        dtypes: dtype of each tensor by our names, when parameters keep them.
+        keep_dtypes: parameters get the dtype that they have in the file.
+        renamed: the caller has a name table of their own.
     """
 
-    cls: type
-    headers: Mapping[Path, dict[str, dict[str, Any]]]
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    def __init__(
+        self, cls: type, headers: Mapping[Path, dict[str, dict[str, Any]]], *, keep_dtypes: bool, renamed: bool
+    ) -> None:
+        self.cls, self.headers, self.keep_dtypes, self.renamed = cls, headers, keep_dtypes, renamed
+        entries = [item for header in headers.values() for item in header.items()]
+        self.codes = {hub.our_name(name): entry["dtype"] for name, entry in entries}
+        # A bare HymbaModel was saved: its names lack the prefix.
+        self.bare = not any(name.startswith("model.") for name in self.codes)
 
-    def tensor_dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of every tensor, by our names."""
-        entries = [item for header in self.headers.values() for item in header.items()]
-        return {hub.our_name(name): hub.torch_dtype(entry["dtype"]) for name, entry in entries}
+    def name_of(self, parameter: str, model: nn.Module) -> str:
+        """The name in the files (in our terms) of a parameter of a model, whole or bare."""
+        whole = is_whole(model)
+        if whole != self.bare:
+            return parameter
+        return parameter.removeprefix("model.") if whole else f"model.{parameter}"
+
+    def dtype_of(self, parameter: str, model: nn.Module) -> torch.dtype | None:
+        """Dtype of a parameter in the files; `None` when they lack it."""
+        code = self.codes.get(self.name_of(parameter, model))
+        return None if code is None else hub.torch_dtype(code)
+
+    def fit(self, model: nn.Module, paths: Iterable[str], load_config: Any) -> bool:
+        """Whether every parameter takes its tensor as it stands: on the CPU, in one piece, in the file's dtype."""
+        device_map = load_config.device_map or {}
+        return (
+            not self.renamed
+            and {Path(path).name for path in paths} == {path.name for path in self.headers}
+            and load_config.hf_quantizer is None
+            and load_config.device_mesh is None
+            and not load_config.disable_mmap
+            and all(str(device) == "cpu" for device in device_map.values())
+            # Mapped files count as memory in use on Windows, and can hang on a mounted hub.
+            and sys.platform != "win32"
+            and not any(map(_on_hub_mount, self.headers))
+            and all(
+                parameter.is_meta and self.dtype_of(name, model) in (None, parameter.dtype)
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+            )
+        )
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a model has its head, so that its names start with `model.`."""
+    return hasattr(model, "lm_head")
 
 
 _FILES: contextvars.ContextVar[_Files | None] = contextvars.ContextVar("files", default=None)
@@ -70,12 +112,15 @@ class CheckpointMixin:
             folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if plain and not quantised else None
             if folder is not None and not os.path.isfile(folder / "adapter_config.json"):
                 paths = hub.weight_files(folder, variant=kwargs.get("variant"))
-                files = _Files(cls, headers={path: hub.read_header(path) for path in paths})
-                if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"):
-                    files = replace(files, dtypes=files.tensor_dtypes())
-                    widest = functools.reduce(torch.promote_types, files.dtypes.values()) if files.dtypes else None
+                files = _Files(
+                    cls,
+                    {path: hub.read_header(path) for path in paths},
+                    keep_dtypes=kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"),
+                    renamed=kwargs.get("key_mapping") is not None,
+                )
+                if files.keep_dtypes and files.codes:
                     kwargs.pop("torch_dtype", None)
-                    kwargs["dtype"] = widest
+                    kwargs["dtype"] = functools.reduce(torch.promote_types, map(hub.torch_dtype, files.codes.values()))
         token = _FILES.set(files)
         try:
             model, *rest = _as_tuple(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))  # type: ignore[misc]
@@ -94,39 +139,75 @@ class CheckpointMixin:
         Parameters get the dtype that they have in the file; `config.json` may name another.
         """
         files = _FILES.get()
-        if files is not None:
-            if type(self) is files.cls:
-                self._check_files(files.headers)
-            for name, parameter in self.named_parameters() if files.dtypes else ():  # type: ignore[attr-defined]
-                dtype = files.dtypes.get(name, files.dtypes.get(f"model.{name}"))
+        if files is not None and type(self) is files.cls:
+            self._check_files(files)
+            for name, parameter in self.named_parameters() if files.keep_dtypes else ():  # type: ignore[attr-defined]
+                dtype = files.dtype_of(name, self)  # type: ignore[arg-type]
                 if dtype is not None and parameter.dtype != dtype:
                     parameter.data = parameter.data.to(dtype)
         super().post_init()  # type: ignore[misc]
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' step from files to parameters; in the plain case without its machinery.
+
+        For 611 tensors that machinery (a thread pool, regular expressions compiled per tensor, conversions) takes as
+        long as reading three gigabytes. When every tensor becomes a parameter as it stands (the files were held to
+        the model already), the mapped files are assigned directly, which copies nothing.
+        """
+        files = _FILES.get()
+        usual = state_dict is None and not args and not kwargs
+        if files is None or not usual or not files.fit(model, checkpoint_files, load_config):
+            return super()._load_pretrained_model(  # type: ignore[misc]
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
+        tensors = {hub.our_name(name): tensor for path in checkpoint_files for name, tensor in load_file(path).items()}
+        missing = set()
+        for prefix, module in model.named_modules():
+            for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+                tensor = tensors.pop(files.name_of(name, model), None)
+                if tensor is None:
+                    missing.add(name)
+                    continue
+                loaded = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                # Without the mark the parameter would be initialised again.
+                loaded._is_hf_initialized = True  # type: ignore[attr-defined]
+                setattr(module, name.rpartition(".")[2], loaded)
+        return LoadStateDictInfo(
+            missing_keys=missing,
+            unexpected_keys=set(tensors),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            skipped_pp_keys=set(),
+        ), None
 
     @classmethod
     def _check_keywords(cls, kwargs: dict[str, Any]) -> None:
         """Refuse keywords that neither the configuration nor transformers knows."""
         from transformers import PreTrainedModel
 
-        source = inspect.getsource(PreTrainedModel.from_pretrained)
         known = set(HymbaConfig.__dataclass_fields__) | set(_LOADER_KEYWORDS)
         for key in kwargs:
+            if key in known or key.startswith("_"):
+                continue
             # A keyword of a newer transformers stands in its source as a string.
-            if key not in known and f'"{key}"' not in source and not key.startswith("_"):
+            if f'"{key}"' not in inspect.getsource(PreTrainedModel.from_pretrained):
                 raise TypeError(f"from_pretrained() got an unexpected keyword argument {key!r}.{nearest(key, known)}")
 
-    def _check_files(self, headers: Mapping[Path, dict[str, dict[str, Any]]]) -> None:
+    def _check_files(self, files: _Files) -> None:
         """Raise a CheckpointError unless the files hold exactly this model (or, for a bare model, one with a head)."""
-        whole = hasattr(self, "lm_head")
+        whole = is_whole(self)  # type: ignore[arg-type]
         expected = hub.expected_tensors(self, prefix="" if whole else "model.")  # type: ignore[arg-type]
         optional = set()
         if not whole or self.config.tie_word_embeddings:  # type: ignore[attr-defined]
             expected.pop("lm_head.weight", None)
             optional.add("lm_head.weight")
-        if not any(name.startswith("model.") for header in headers.values() for name in header):
-            # A bare HymbaModel was saved: its names lack the prefix.
+        if files.bare:
             expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
-        hub.check_checkpoint(headers, expected, optional=optional)
+        hub.check_checkpoint(files.headers, expected, optional=optional)
 
 
 def _as_tuple(result: Any) -> tuple[Any, ...]:

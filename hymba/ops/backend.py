@@ -1,20 +1,23 @@
 """Which implementation serves an op: the one place that knows what exists, what was refused and why, what is forced.
 
-Every op registers its implementations in order of preference. For one call, ``resolve`` takes the first that is
-usable on this machine (its probe) and serves these tensors (its serves). A choice can be forced, strongest first:
-the op's ``backend=`` argument, ``with use_backend(...)``, the environment variable ``HYMBA_BACKEND``. The last two
-take a name for every op that has it ("torch"), or single ops ("selective_scan=torch,causal_conv1d=triton").
+Every op lists its implementations in order of preference. For one call, ``resolve`` takes the first that is usable
+on this machine and serves these tensors. A choice can be forced, strongest first: the op's ``backend=`` argument,
+``with use_backend(...)``, the environment variable ``HYMBA_BACKEND``. The last two take a name for every op that has
+it ("torch"), or single ops ("selective_scan=torch,causal_conv1d=triton").
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 ENV = "HYMBA_BACKEND"
@@ -26,13 +29,18 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What an op's choice may depend on: the main tensor, which options are in use, sizes."""
+    """What a choice depends on: the activations and, for the scan, A (its states), else the conv weight (its taps)."""
 
     x: Tensor
-    initial_state: bool = False
-    lengths: bool = False
-    seq_idx: bool = False
-    sizes: dict[str, int] = field(default_factory=dict)
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation's name, and whether it must serve or may hand over."""
+
+    name: str
+    forced: bool
 
 
 @dataclass(frozen=True)
@@ -45,41 +53,67 @@ class Row:
     reason: str
 
 
-@dataclass
-class _Entry:
-    run: Callable[..., Any]
-    probe: Callable[[], str | None] | None
-    serves: Callable[[Call], str | None] | None
-    auto: bool
-    broken: str | None = None
-    probed: bool = False
-    refused: str | None = None
+@dataclass(frozen=True)
+class _Backend:
+    """probe and serves return None, or the reason why not; without automatic it is only used when forced."""
 
-    def refusal(self) -> str | None:
-        """Why this machine cannot use it, or None. Probed once."""
-        if self.broken is None and not self.probed:
-            self.refused, self.probed = self.probe() if self.probe else None, True
-        return self.broken or self.refused
+    probe: Callable[[], str | None] = lambda: None
+    serves: Callable[[Call], str | None] = lambda call: None
+    automatic: Callable[[Call], bool] = lambda call: True
 
 
-_TABLE: dict[str, dict[str, _Entry]] = {}
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _probe_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    if torch.version.hip is not None:
+        return "written for NVIDIA devices, this is ROCm"
+    return None
+
+
+def _triton_serves(call: Call) -> str | None:
+    x = call.x
+    if not x.is_cuda and not _interpreted():
+        return f"the tensors are on {x.device.type!r}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}; it takes float32, bfloat16 and float16"
+    if x.numel() == 0:
+        return "x is empty"
+    return None
+
+
+def _probe_package(name: str, extension: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not installed (pip install 'hymba[cuda]')"
+    if importlib.util.find_spec(extension) is None:
+        return f"{name} is installed without its compiled extension {extension}"
+    return f"{name} {importlib.metadata.version(name)} is installed, and hymba has no adapter for it yet"
+
+
+_REFERENCE = _Backend(automatic=lambda call: False)
+_TORCH = _Backend()
+_TRITON = _Backend(_probe_triton, _triton_serves, lambda call: call.x.is_cuda)
+_MAMBA_SSM = _Backend(lambda: _probe_package("mamba_ssm", "selective_scan_cuda"))
+_CONV = _Backend(lambda: _probe_package("causal_conv1d", "causal_conv1d_cuda"))
+
+_TABLE: dict[str, dict[str, _Backend]] = {
+    "selective_scan": {"triton": _TRITON, "mamba_ssm": _MAMBA_SSM, "torch": _TORCH, "reference": _REFERENCE},
+    "selective_state_update": {"triton": _TRITON, "torch": _TORCH},
+    "causal_conv1d": {"triton": _TRITON, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
+    "causal_conv1d_update": {"triton": _TRITON, "torch": _TORCH},
+}
 _FORCED: dict[str, str] = {}
-
-
-def register(
-    op: str,
-    name: str,
-    run: Callable[..., Any],
-    *,
-    probe: Callable[[], str | None] | None = None,
-    serves: Callable[[Call], str | None] | None = None,
-    auto: bool = True,
-) -> None:
-    """Add an implementation. Under auto the ones registered later are tried first; ``auto=False`` is only forced.
-
-    probe: None when this machine can use it, else the reason. serves: the same for one call.
-    """
-    _TABLE.setdefault(op, {})[name] = _Entry(run, probe, serves, auto)
+_FAILED: dict[tuple[str, str], str] = {}
 
 
 def forced(op: str, requested: str = "auto") -> str | None:
@@ -92,7 +126,7 @@ def forced(op: str, requested: str = "auto") -> str | None:
     return _parse(value, ENV).get(op) if value not in ("", "auto") else None
 
 
-def resolve(op: str, requested: str, call: Call) -> Callable[..., Any]:
+def resolve(op: str, requested: str, call: Call) -> Choice:
     """The implementation that serves this call.
 
     Raises:
@@ -104,36 +138,46 @@ def resolve(op: str, requested: str, call: Call) -> Callable[..., Any]:
     if name is not None:
         if name not in table:
             raise ValueError(f"backend={name!r} for {op}; allowed: 'auto', {', '.join(map(repr, table))}")
-        entry = table[name]
-        reason = entry.refusal() or (entry.serves(call) if entry.serves else None)
+        reason = _refusal(op, name) or table[name].serves(call)
         if reason:
-            raise BackendError(f"{op}: backend {name!r} was forced and cannot serve: {reason}. Use backend='auto'.")
-        return entry.run
-    for entry in reversed(table.values()):
-        if entry.auto and entry.refusal() is None and (entry.serves is None or entry.serves(call) is None):
-            return entry.run
-    reasons = "; ".join(f"{n}: {e.refusal() or (e.serves(call) if e.serves else None)}" for n, e in table.items())
-    raise BackendError(f"{op}: no implementation serves this call ({reasons})")
+            raise BackendError(f"{op}: backend={name!r} is forced and cannot serve: {reason}. Use 'auto'.")
+        return Choice(name, True)
+    for name, entry in table.items():
+        if entry.automatic(call) and _refusal(op, name) is None and entry.serves(call) is None:
+            return Choice(name, False)
+    raise BackendError(f"{op}: no implementation serves this call")
+
+
+def _refusal(op: str, name: str) -> str | None:
+    """Why this machine cannot use it, or None."""
+    return _FAILED.get((op, name)) or _TABLE[op][name].probe()
+
+
+def wants_kernel(op: str, name: str, was_forced: bool) -> bool:
+    """Whether to try a Triton kernel: chosen, and not known to fail (what compiled code chose may be old)."""
+    return name == "triton" and (was_forced or (op, name) not in _FAILED)
 
 
 def kernel_failed(op: str, name: str, error: Exception, *, was_forced: bool) -> None:
-    """A kernel did not compile or launch: raise when it was forced, else warn once and leave it out from now on."""
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    """A kernel did not build or launch: raise when it was forced, else warn once and leave it out from now on.
+
+    Running out of memory and errors of the device itself are not the kernel's and go up as they are.
+    """
+    device_errors = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    if isinstance(error, device_errors):
+        raise error
+    lines = str(error).strip().splitlines() or ["no message"]
+    reason = f"{type(error).__name__}: {lines[0]}"
     if was_forced:
-        raise BackendError(f"{op}: backend {name!r} was forced and failed: {reason}") from error
-    entry = _TABLE[op][name]
-    if entry.broken is None:
-        entry.broken = f"failed here: {reason}"
-        warnings.warn(f"{op}: the {name} kernel failed ({reason}); using PyTorch from now on", stacklevel=3)
+        raise BackendError(f"{op}: backend={name!r} is forced and failed: {reason}") from error
+    if (op, name) not in _FAILED:
+        _FAILED[op, name] = f"failed here: {reason}"
+        warnings.warn(f"{op}: the {name} kernel failed ({reason}); PyTorch takes its place", stacklevel=3)
 
 
 def available() -> list[Row]:
     """Every op and implementation, usable or why not. A usable one may still refuse single calls."""
-    return [
-        Row(op, name, entry.refusal() is None, entry.refusal() or ("" if entry.auto else "only when forced"))
-        for op, table in _TABLE.items()
-        for name, entry in table.items()
-    ]
+    return [Row(op, name, (why := _refusal(op, name)) is None, why or "") for op in _TABLE for name in _TABLE[op]]
 
 
 @contextmanager
@@ -157,14 +201,14 @@ def _parse(spec: str, source: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in spec.split(","))):
         op, eq, name = part.partition("=")
         if eq:
-            if op not in _TABLE or name not in (*_TABLE[op], "auto"):
+            if op not in _TABLE or name not in _TABLE[op]:
                 known = f"{op} has {', '.join(_TABLE[op])}" if op in _TABLE else f"ops are {', '.join(_TABLE)}"
-                raise ValueError(f"{source}={part!r}: unknown; {known}")
+                raise ValueError(f"{source}: {part!r} is unknown; {known}")
             out[op] = name
-        elif part != "auto":
+        else:
             having = [o for o, table in _TABLE.items() if part in table]
             if not having:
                 names = sorted({n for table in _TABLE.values() for n in table})
-                raise ValueError(f"{source}={part!r}: no op has such a backend; allowed: auto, {', '.join(names)}")
+                raise ValueError(f"{source}: no op has a backend {part!r}; allowed: {', '.join(names)}")
             out.update(dict.fromkeys(having, part))
-    return {op: name for op, name in out.items() if name != "auto"}
+    return out

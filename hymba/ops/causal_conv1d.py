@@ -18,6 +18,7 @@ from . import backend as _backend
 from ._checks import check_lengths, check_seq_idx, check_shape, compute_dtype, document_starts, no_autocast
 
 OP = "causal_conv1d"
+UPDATE = "causal_conv1d_update"
 ACTIVATIONS = ("silu", None)
 
 
@@ -63,10 +64,11 @@ def causal_conv1d(
     check_lengths(lengths, b)
     check_seq_idx(seq_idx, b, l)
     _check_activation(activation)
-    call = _backend.Call(x, initial_state=initial_state is not None, lengths=lengths is not None,
-                         seq_idx=seq_idx is not None, sizes={"k": k})
-    run = _backend.resolve(OP, backend, call)
-    return run(x, weight, bias, initial_state, lengths, seq_idx, activation)
+    choice = _backend.resolve(OP, backend, _backend.Call(x, weight))
+    arguments = (x, weight, bias, initial_state, lengths, seq_idx)
+    if choice.name == "reference":
+        return causal_conv1d_ref(*arguments, activation)
+    return _conv(*arguments, activation == "silu", choice.name, choice.forced)
 
 
 def _check_activation(activation: str | None) -> None:
@@ -124,19 +126,12 @@ def causal_conv1d_ref(
     return y.to(x.dtype), padded.gather(1, index).to(x.dtype)
 
 
-def conv_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None,
-    seq_idx: Tensor | None, activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Shifted multiply-adds as one custom op (what ``backend="torch"`` runs). Same contract as ``causal_conv1d``."""
-    return _conv_op(x, weight, bias, initial_state, lengths, seq_idx, activation == "silu")
-
-
 class _Taps:
     """What forward and backward share. Channels stay innermost, so a tap is one multiply-add over the whole row."""
 
-    def __init__(self, x: Tensor, weight: Tensor, initial_state: Tensor | None, lengths: Tensor | None,
-                 seq_idx: Tensor | None) -> None:
+    def __init__(
+        self, x: Tensor, weight: Tensor, initial_state: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None
+    ) -> None:
         self.b, self.l, self.d = x.shape
         self.k = weight.shape[1]
         self.ct = compute_dtype(x)
@@ -180,11 +175,25 @@ class _Taps:
 
 
 @torch.library.custom_op("hymba::causal_conv1d", mutates_args=())
-def _conv_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None,
-    seq_idx: Tensor | None, silu: bool,
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    kernel: str,
+    forced: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y and the final state."""
+    if _backend.wants_kernel(OP, kernel, forced):
+        try:
+            from .triton import conv
+
+            return conv.forward(x, weight, bias, initial_state, lengths, seq_idx, silu)
+        except Exception as error:
+            _backend.kernel_failed(OP, kernel, error, was_forced=forced)
     with no_autocast(x):
         taps = _Taps(x, weight, initial_state, lengths, seq_idx)
         y = taps.pre(bias)
@@ -205,18 +214,34 @@ def _conv_op(
         return y.to(x.dtype), final.clone(memory_format=torch.contiguous_format)
 
 
-@_conv_op.register_fake
-def _(x, weight, bias, initial_state, lengths, seq_idx, silu):  # type: ignore[no-untyped-def]
+@_conv.register_fake
+def _(x, weight, bias, initial_state, lengths, seq_idx, silu, kernel, forced):  # type: ignore[no-untyped-def]
     b, _, d = x.shape
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(b, weight.shape[1] - 1, d)
 
 
 @torch.library.custom_op("hymba::causal_conv1d_backward", mutates_args=())
-def _conv_backward_op(
-    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    initial_state: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None, silu: bool,
+def _conv_backward(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    kernel: str,
+    forced: bool,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, initial_state in that order; empty where the input is None."""
+    if _backend.wants_kernel(OP, kernel, forced):
+        try:
+            from .triton import conv
+
+            return conv.backward(dy, dfinal, x, weight, bias, initial_state, lengths, seq_idx, silu)
+        except Exception as error:
+            _backend.kernel_failed(OP, kernel, error, was_forced=forced)
     with no_autocast(x):
         taps = _Taps(x, weight, initial_state, lengths, seq_idx)
         b, l, d, k, ct = taps.b, taps.l, taps.d, taps.k, taps.ct
@@ -253,29 +278,35 @@ def _conv_backward_op(
             d_initial = none
         else:
             d_initial = dh0.sum_to_size(initial_state.shape).to(initial_state.dtype)
-        return [dx.to(x.dtype), dw.t().to(weight.dtype).contiguous(),
-                none.clone() if bias is None else g.sum((0, 1)).to(bias.dtype), d_initial]
+        return [
+            dx.to(x.dtype),
+            dw.t().to(weight.dtype).contiguous(),
+            none.clone() if bias is None else g.sum((0, 1)).to(bias.dtype),
+            d_initial,
+        ]
 
 
-@_conv_backward_op.register_fake
-def _(dy, dfinal, x, weight, bias, initial_state, lengths, seq_idx, silu):  # type: ignore[no-untyped-def]
-    return [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
-            for v in (x, weight, bias, initial_state)]
+@_conv_backward.register_fake
+def _(dy, dfinal, x, weight, bias, initial_state, *_):  # type: ignore[no-untyped-def]
+    return [
+        x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
+        for v in (x, weight, bias, initial_state)
+    ]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.silu = inputs
+    *tensors, ctx.silu, ctx.kernel, ctx.forced = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
     tensors = ctx.saved_tensors
-    grads = _conv_backward_op(dy, dfinal, *tensors, ctx.silu)
-    return (*(g if t is not None else None for g, t in zip(grads, tensors[:4], strict=True)), None, None, None)
+    grads = _conv_backward(dy, dfinal, *tensors, ctx.silu, ctx.kernel, ctx.forced)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors[:4], strict=True)), *(None,) * 5)
 
 
-_conv_op.register_autograd(_backward, setup_context=_setup_context)
+_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 def causal_conv1d_update(
@@ -300,12 +331,24 @@ def causal_conv1d_update(
     b, d = x.shape
     check_shape("state", state, (b, weight.shape[1] - 1, d))
     _check_activation(activation)
-    run = _backend.resolve("causal_conv1d_update", backend, _backend.Call(x, sizes={"k": weight.shape[1]}))
-    return run(state, x, weight, bias, valid, activation)
+    choice = _backend.resolve(UPDATE, backend, _backend.Call(x, weight))
+    if _backend.wants_kernel(UPDATE, choice.name, choice.forced):
+        try:
+            from .triton import decode
+
+            return decode.conv_update(state, x, weight, bias, valid, activation == "silu")
+        except Exception as error:
+            _backend.kernel_failed(UPDATE, choice.name, error, was_forced=choice.forced)
+    return conv_update_torch(state, x, weight, bias, valid, activation)
 
 
 def conv_update_torch(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, activation: str | None,
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
     """``causal_conv1d_update`` in plain PyTorch operations."""
     ct = compute_dtype(x)
@@ -321,8 +364,3 @@ def conv_update_torch(
         y = torch.where(valid[:, None], y, 0.0)
     state.copy_(new)
     return y.to(x.dtype)
-
-
-_backend.register(OP, "reference", causal_conv1d_ref, auto=False)
-_backend.register(OP, "torch", conv_torch)
-_backend.register("causal_conv1d_update", "torch", conv_update_torch)

@@ -29,6 +29,11 @@ def check_keywords(kwargs: dict[str, Any], allowed: frozenset[str], known: Any, 
             raise TypeError(f"{where}() got an unexpected keyword argument {key!r}.{nearest(key, known)}")
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether looking at values costs nothing: on the CPU, and not while a compiler traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_ids(input_ids: Tensor, vocab_size: int, *, read: bool | None = None) -> None:
     """Refuse empty input, wrong dtypes and ids outside the vocabulary.
 
@@ -39,14 +44,14 @@ def check_ids(input_ids: Tensor, vocab_size: int, *, read: bool | None = None) -
     """
     if input_ids.dim() != 2:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
-    if input_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise InputError(f"input_ids has dtype {input_ids.dtype}; expected integers (torch.long)")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"input_ids has dtype {input_ids.dtype}; expected torch.long (or torch.int)")
     if 0 in input_ids.shape:
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)}: a prompt of zero tokens; give at least one token a row "
             "(the tokenizer's bos token will do)"
         )
-    if read if read is not None else input_ids.device.type == "cpu":
+    if read if read is not None else _readable(input_ids):
         low, high = (int(value) for value in input_ids.aminmax())
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
@@ -69,7 +74,7 @@ def check_mask(mask: Tensor, *, rows: int, columns: int, need_real: bool, read: 
             f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {columns}): one column for every token "
             "so far, tokens in the cache included"
         )
-    if read if read is not None else mask.device.type == "cpu":
+    if read if read is not None else _readable(mask):
         if mask.dtype != torch.bool:
             wrong = (mask != 0) & (mask != 1)
             if bool(wrong.any()):
@@ -157,8 +162,6 @@ def documents(
     if position_ids is None and seq_idx is None and cu_seq_lens is None:
         return None
     where = torch.arange(length, device=device)
-    starts = torch.zeros(1, length, dtype=torch.bool, device=device)
-    starts[:, 0] = True
 
     def per_token(name: str, value: Tensor) -> Tensor:
         if value.dim() == 1:
@@ -168,25 +171,36 @@ def documents(
         value = value.to(device=device, dtype=torch.long)
         return value if compaction is None else compaction.pack(value.expand(rows, -1))
 
+    changes = torch.zeros(1, length - 1, dtype=torch.bool, device=device)
     if cu_seq_lens is not None:
         if rows != 1:
             raise InputError(f"cu_seq_lens_q describes one packed row, the input has {rows} rows")
         if cu_seq_lens.dim() != 1:
             raise InputError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)}; expected (documents + 1,)")
-        if cu_seq_lens.device.type == "cpu":
+        if _readable(cu_seq_lens):
             bounds = cu_seq_lens.tolist()
-            if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            if not bounds or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
                 raise InputError(f"cu_seq_lens_q={bounds}: boundaries must rise from 0 to the row's {length} tokens")
-        bounds_ = cu_seq_lens.to(device=device, dtype=torch.long)
-        starts = starts | (where[None, :, None] == bounds_).any(dim=-1)
+        passed = where[:, None] >= cu_seq_lens.to(device=device, dtype=torch.long)
+        index = per_token("cu_seq_lens_q", passed.sum(dim=1))
+        changes = changes | (index[:, 1:] != index[:, :-1])
     if seq_idx is not None:
         index = per_token("seq_idx", seq_idx)
-        starts = starts | torch.cat([index[:, :1] != index[:, :1] - 1, index[:, 1:] != index[:, :-1]], dim=1)
+        changes = changes | (index[:, 1:] != index[:, :-1])
     positions = None
     if position_ids is not None:
         positions = per_token("position_ids", position_ids)
-        jumps = positions[:, 1:] != positions[:, :-1] + 1
-        starts = starts | torch.cat([torch.ones_like(jumps[:, :1]) if length > 1 else starts, jumps], dim=1)
+        if _readable(positions):
+            real = positions if compaction is None else positions[where < compaction.lengths[:, None]]
+            if real.numel() and int(real.min()) < 0:
+                raise InputError(f"position_ids holds {int(real.min())}; allowed: text positions from 0")
+        step = positions[:, 1:] - positions[:, :-1]
+        jumps = step != 1
+        if compaction is not None:
+            # Positions that count columns step over masked ones without starting a document.
+            jumps = jumps & (step != compaction.order[:, 1:] - compaction.order[:, :-1])
+        changes = changes | jumps
+    starts = torch.cat([changes.new_ones(changes.shape[0], 1), changes], dim=1)
     numbers = starts.cumsum(dim=1, dtype=torch.int32)
     if positions is None:
         first = torch.where(starts, where, 0).cummax(dim=1).values

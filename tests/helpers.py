@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
+
+logging.disable_progress_bar()
 
 VOCAB = 41
 
@@ -54,7 +57,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     for name, tensor in model.named_parameters():
         if "norm" in name:
             new = uniform(tensor, 0.4, 1.6)
-        elif name.endswith("A_log") or name.endswith("dt_bias"):
+        elif name.endswith(("A_log", "dt_bias")):
             new = uniform(tensor, -2.0, 1.0)
         elif name.endswith((".D", ".bias")):
             new = normal(tensor, 0.5)

@@ -33,7 +33,7 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
 CORE = "cache nn ops config layout"
-MODEL = f"model decoding generation loading hub inputs cost {CORE}"
+MODEL = f"model decode_loop decoding generation loading hub inputs cost {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
@@ -44,14 +44,15 @@ ROOMS = {
     "cache": room("nn ops config layout"),
     "hub": room("config layout"),
     "loading": room("hub config layout"),
-    "decoding": room(CORE),
-    "generation": room(f"decoding inputs {CORE}"),
-    "model": room(f"decoding generation loading inputs {CORE}"),
+    "decoding": room(CORE, refused=NO_TRANSFORMERS),
+    "decode_loop": room(f"decoding {CORE}"),
+    "generation": room(f"decode_loop decoding inputs {CORE}"),
+    "model": room(f"generation decode_loop decoding loading inputs {CORE}"),
+    "chat": room(MODEL),
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),
-    "chat": room(f"__init__ {MODEL}"),
-    "commands": room(f"__init__ experiments eval chat {MODEL}"),
-    "cli": room(f"__init__ commands experiments eval chat {MODEL}"),
+    "commands": room(f"__init__ chat experiments eval {MODEL}"),
+    "cli": room(f"__init__ commands {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
     "__init__": room(MODEL),
     "__main__": room("cli"),
@@ -179,7 +180,7 @@ def test_a_planted_wrong_arrow_is_found(tmp_path: Path, file: str, source: str, 
         ("ops/triton/scan.py", "import torch\nimport triton.language as tl\nfrom ..backend import resolve"),
         ("nn/block.py", "from hymba.ops import selective_scan\nfrom .norm import RMSNorm\nimport einops"),
         ("decoding.py", "if TYPE_CHECKING:\n    from hymba.model import HymbaForCausalLM"),
-        ("cli.py", "import typer\nfrom hymba.experiments.train import main\nimport hymba.hub"),
+        ("commands/train.py", "import typer\nfrom hymba.experiments.train import main\nimport hymba.hub"),
         ("__init__.py", "from hymba.config import HymbaConfig\nfrom .model import HymbaModel"),
     ],
 )

@@ -92,6 +92,12 @@ def _triton_serves(call: Call) -> str | None:
     return None
 
 
+def _triton_conv_serves(call: Call) -> str | None:
+    if call.weight.shape[1] > 4:
+        return f"it takes up to 4 taps, the weight has {call.weight.shape[1]}"
+    return _triton_serves(call)
+
+
 def _probe_package(name: str, extension: str) -> str | None:
     if importlib.util.find_spec(name) is None:
         return f"{name} is not installed (pip install 'hymba[cuda]')"
@@ -103,13 +109,14 @@ def _probe_package(name: str, extension: str) -> str | None:
 _REFERENCE = _Backend(automatic=lambda call: False)
 _TORCH = _Backend()
 _TRITON = _Backend(_probe_triton, _triton_serves, lambda call: call.x.is_cuda)
+_TRITON_CONV = _Backend(_probe_triton, _triton_conv_serves, lambda call: call.x.is_cuda)
 _MAMBA_SSM = _Backend(lambda: _probe_package("mamba_ssm", "selective_scan_cuda"))
 _CONV = _Backend(lambda: _probe_package("causal_conv1d", "causal_conv1d_cuda"))
 
 _TABLE: dict[str, dict[str, _Backend]] = {
     "selective_scan": {"triton": _TRITON, "mamba_ssm": _MAMBA_SSM, "torch": _TORCH, "reference": _REFERENCE},
     "selective_state_update": {"triton": _TRITON, "torch": _TORCH},
-    "causal_conv1d": {"triton": _TRITON, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
+    "causal_conv1d": {"triton": _TRITON_CONV, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
     "causal_conv1d_update": {"triton": _TRITON, "torch": _TORCH},
 }
 _FORCED: dict[str, str] = {}

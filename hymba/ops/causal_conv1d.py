@@ -174,6 +174,13 @@ class _Taps:
         return out
 
 
+def _packed_offsets(x: Tensor, lengths: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    """``_document_offsets`` as the kernels take them: int32, None when no row is packed."""
+    if seq_idx is None:
+        return None
+    return _document_offsets(x.shape[0], x.shape[1], lengths, seq_idx, x.device).int()
+
+
 @torch.library.custom_op("hymba::causal_conv1d", mutates_args=())
 def _conv(
     x: Tensor,
@@ -191,7 +198,7 @@ def _conv(
         try:
             from .triton import conv
 
-            return conv.forward(x, weight, bias, initial_state, lengths, seq_idx, silu)
+            return conv.forward(x, weight, bias, initial_state, lengths, _packed_offsets(x, lengths, seq_idx), silu)
         except Exception as error:
             _backend.kernel_failed(OP, kernel, error, was_forced=forced)
     with no_autocast(x):
@@ -235,55 +242,74 @@ def _conv_backward(
     forced: bool,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, initial_state in that order; empty where the input is None."""
+    with no_autocast(x):
+        (b, l, d), k = x.shape, weight.shape[1]
+        if dy is None:
+            dy = torch.zeros_like(x)
+        dx, dw, db, dh0 = _through_y(dy, x, weight, bias, initial_state, lengths, seq_idx, silu, kernel, forced)
+        if dfinal is not None and l > 0:
+            index = _window_index(_document_offsets(b, l, lengths, seq_idx, x.device), lengths, k)
+            own = (index >= k - 1)[..., None]
+            to_x, to_h0 = torch.where(own, dfinal, 0), torch.where(own, 0, dfinal)
+            index = index[..., None].expand(b, k - 1, d)
+            dx.scatter_add_(1, (index - (k - 1)).clamp_min(0), to_x.to(dx.dtype))
+            dh0 = dh0.scatter_add(1, index.clamp_max(k - 2), to_h0.to(dh0.dtype))
+        elif dfinal is not None:
+            dh0 = dh0 + dfinal
+        none = x.new_empty(0)
+        return [
+            dx.to(x.dtype),
+            dw.to(weight.dtype, memory_format=torch.contiguous_format).contiguous(),
+            none.clone() if bias is None else db.to(bias.dtype),
+            none if initial_state is None else dh0.sum_to_size(initial_state.shape).to(initial_state.dtype),
+        ]
+
+
+def _through_y(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    kernel: str,
+    forced: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What y alone sends back: dx (b, l, d), dweight (d, k), dbias (d,), dinitial (b, k-1, d)."""
     if _backend.wants_kernel(OP, kernel, forced):
         try:
             from .triton import conv
 
-            return conv.backward(dy, dfinal, x, weight, bias, initial_state, lengths, seq_idx, silu)
+            offset = _packed_offsets(x, lengths, seq_idx)
+            return conv.backward(dy, x, weight, bias, initial_state, lengths, offset, silu)
         except Exception as error:
             _backend.kernel_failed(OP, kernel, error, was_forced=forced)
-    with no_autocast(x):
-        taps = _Taps(x, weight, initial_state, lengths, seq_idx)
-        b, l, d, k, ct = taps.b, taps.l, taps.d, taps.k, taps.ct
-        g = x.new_zeros(b, l, d, dtype=ct) if dy is None else dy.to(ct)
-        if silu and dy is not None:
-            pre = taps.pre(bias)
-            sig = torch.sigmoid(pre)
-            g = g * sig.addcmul(pre * sig, 1 - sig)
-        if taps.pad is not None:
-            g = g.masked_fill(taps.pad[..., None], 0.0)
-        dx = g * taps.w[k - 1]
-        dw = torch.empty_like(taps.w)
-        dw[k - 1] = (g * taps.x).sum((0, 1))
-        dh0 = x.new_zeros(b, k - 1, d, dtype=ct)
-        for i in range(1, k):
-            w = taps.w[k - 1 - i]
-            rows, t, at = taps.before(i)
-            edge = g[rows, t]
-            dw[k - 1 - i] = (edge * taps.h0[rows, at]).sum(0)
-            dh0.index_put_((rows, at), edge * w, accumulate=True)
-            if i < l:
-                later = g[:, i:] * taps.inside(i) if taps.packed else g[:, i:]
-                dw[k - 1 - i] += (later * taps.x[:, : l - i]).sum((0, 1))
-                dx[:, : l - i].addcmul_(later, w)
-        if dfinal is not None:
-            index = _window_index(taps.offset, lengths, k)
-            rows = torch.arange(b, device=x.device)[:, None].expand(b, k - 1)
-            own = index >= k - 1
-            dfinal = dfinal.to(ct)
-            dx.index_put_((rows[own], index[own] - (k - 1)), dfinal[own], accumulate=True)
-            dh0.index_put_((rows[~own], index[~own]), dfinal[~own], accumulate=True)
-        none = x.new_empty(0)
-        if initial_state is None:
-            d_initial = none
-        else:
-            d_initial = dh0.sum_to_size(initial_state.shape).to(initial_state.dtype)
-        return [
-            dx.to(x.dtype),
-            dw.t().to(weight.dtype).contiguous(),
-            none.clone() if bias is None else g.sum((0, 1)).to(bias.dtype),
-            d_initial,
-        ]
+    taps = _Taps(x, weight, initial_state, lengths, seq_idx)
+    b, l, d, k = taps.b, taps.l, taps.d, taps.k
+    g = dy.to(taps.ct)
+    if silu:
+        pre = taps.pre(bias)
+        sig = torch.sigmoid(pre)
+        g = g * sig.addcmul(pre * sig, 1 - sig)
+    if taps.pad is not None:
+        g = g.masked_fill(taps.pad[..., None], 0.0)
+    dx = g * taps.w[k - 1]
+    dw = torch.empty_like(taps.w)
+    dw[k - 1] = (g * taps.x).sum((0, 1))
+    dh0 = x.new_zeros(b, k - 1, d, dtype=taps.ct)
+    for i in range(1, k):
+        w = taps.w[k - 1 - i]
+        rows, t, at = taps.before(i)
+        edge = g[rows, t]
+        dw[k - 1 - i] = (edge * taps.h0[rows, at]).sum(0)
+        dh0.index_put_((rows, at), edge * w, accumulate=True)
+        if i < l:
+            later = g[:, i:] * taps.inside(i) if taps.packed else g[:, i:]
+            dw[k - 1 - i] += (later * taps.x[:, : l - i]).sum((0, 1))
+            dx[:, : l - i].addcmul_(later, w)
+    return dx, dw.t(), g.sum((0, 1)), dh0
 
 
 @_conv_backward.register_fake

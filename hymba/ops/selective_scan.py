@@ -199,8 +199,11 @@ def state_update_torch(
     ct = compute_dtype(x)
     xf = x.to(ct)
     step = F.softplus(dt.to(ct) if dt_bias is None else dt.to(ct) + dt_bias.to(ct))
-    new = torch.exp(step[..., None] * A.to(ct)) * state + (step * xf)[..., None] * B.to(ct)[:, None]
-    y = (new * C.to(ct)[:, None]).sum(-1)
+    # exp2 is vectorised everywhere; the state is read and written twice, in place and without temporaries.
+    decay = torch.mul((step * math.log2(math.e))[..., None], A.to(ct)).exp2_()
+    new = state.to(ct) if valid is None else state.to(ct, copy=True)
+    new = new.mul_(decay).baddbmm_((step * xf)[..., None], B.to(ct)[:, None])
+    y = torch.bmm(new, C.to(ct)[..., None]).squeeze(-1)
     if D is not None:
         y = y + D.to(ct) * xf
     if z is not None:
@@ -208,5 +211,6 @@ def state_update_torch(
     if valid is not None:
         new = torch.where(valid[:, None, None], new, state)
         y = torch.where(valid[:, None], y, 0.0)
-    state.copy_(new)
+    if new is not state:
+        state.copy_(new)
     return y.to(x.dtype)

@@ -22,10 +22,24 @@ from transformers import Cache, DynamicCache, StaticCache
 from hymba.config import HymbaConfig
 from hymba.nn.state import KVState, LayerState, Span, map_tensors
 
-_FINGERPRINT = (
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads v_head_dim num_memory_tokens sliding_window "
-    "global_attn_idx kv_reuse_group kv_reuse_every_i_layer kq_norm rope_type mamba_d_state mamba_d_conv mamba_expand"
+_SHAPE = (
+    "hidden_size num_attention_heads num_key_value_heads v_head_dim num_memory_tokens kq_norm rope_base mamba_d_state "
+    "mamba_d_conv mamba_expand"
 ).split()
+
+
+def _architecture(config: HymbaConfig) -> dict[str, Any]:
+    """What a state depends on besides the weights, as plain values by name."""
+    layers = {f"layer {i}": [spec.window, spec.kv_from] for i, spec in enumerate(config.layers)}
+    return {"num_hidden_layers": len(layers)} | {name: getattr(config, name) for name in _SHAPE} | layers
+
+
+def _differences(one: dict[str, Any], two: dict[str, Any], names: tuple[str, str]) -> str:
+    """`"name: one 1, two 2; ..."` for what differs, at most five of them; empty when nothing does."""
+    keys = [key for key in {**one, **two} if one.get(key) != two.get(key)]
+    if len(keys) > 5:
+        keys = [key for key in keys if not key.startswith("layer ")] or keys
+    return "; ".join(f"{key}: {names[0]} {one.get(key)!r}, {names[1]} {two.get(key)!r}" for key in keys[:5])
 
 
 class CacheError(ValueError):
@@ -36,6 +50,8 @@ class CacheError(ValueError):
 class CacheSnapshot:
     """A copy of a cache's contents, made by `HymbaCache.snapshot()`."""
 
+    config: HymbaConfig
+    max_length: int | None
     layers: list[LayerState]
     columns: int
     uniform: bool
@@ -168,6 +184,17 @@ class HymbaCache(Cache):
         self.seen = span.end.detach()
         self.valid.append(span.length if valid is None else valid.detach())
 
+    def note_steps(self, steps: int, valid: Tensor | None) -> None:
+        """Take note of single-token steps that a `DecodeStep` has already written.
+
+        Args:
+            steps: how many. valid: (b, steps) bool, `None` when all tokens were real.
+        """
+        self.columns += steps
+        self.uniform = self.uniform and valid is None
+        if steps:
+            self.valid.append(steps if valid is None else valid)
+
     def valid_columns(self) -> Tensor | None:
         """(b, columns) bool: which columns held real tokens; `None` when all did."""
         if self.uniform:
@@ -191,6 +218,36 @@ class HymbaCache(Cache):
                 if tensor is not None:
                     return tensor.shape[0]
         return None
+
+    def check_mask(self, mask: Tensor | None) -> None:
+        """Refuse a mask under which a column that was taken in is padding where it was real, or the other way round.
+
+        mask: (b, from columns on); `None` is all real. Its values are read.
+        """
+        held = self.valid_columns()
+        if not self.columns or (mask is None and held is None):
+            return
+        hint = (
+            "pass the mask that the cache was filled with (cache.valid_columns(); rows that ended early count their "
+            "padding as 0), or start a new cache"
+        )
+        if mask is None:
+            raise CacheError(f"attention_mask is missing and disagrees with the cache, which holds padding; {hint}")
+        given = mask[:, : self.columns] != 0
+        wrong = ~given if held is None else given != held.to(given.device)
+        if bool(wrong.any()):
+            row, column = (int(i) for i in wrong.nonzero()[0])
+            kind = "padding" if given[row, column] else "a real token"
+            raise CacheError(
+                f"attention_mask[{row}, {column}]={int(given[row, column])} disagrees with the cache, which took that "
+                f"column in as {kind}; {hint}"
+            )
+
+    def _check_architecture(self, other: HymbaConfig, names: tuple[str, str]) -> None:
+        if other is not self.config and (
+            differ := _differences(_architecture(self.config), _architecture(other), names)
+        ):
+            raise CacheError(f"the {names[0]} and the {names[1]} are of different architectures ({differ})")
 
     # Rows.
 
@@ -231,6 +288,8 @@ class HymbaCache(Cache):
     def snapshot(self) -> CacheSnapshot:
         """A copy of everything that this cache holds; the cache may go on."""
         return CacheSnapshot(
+            config=self.config,
+            max_length=self.max_length,
             layers=[map_tensors(state, lambda _, tensor: tensor.clone()) for state in self.layers],
             columns=self.columns,
             uniform=self.uniform,
@@ -241,9 +300,11 @@ class HymbaCache(Cache):
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Back to a snapshot of this cache, as often as wanted. A static cache keeps its addresses."""
-        if len(snapshot.layers) != len(self.layers):
-            raise CacheError(f"the snapshot has {len(snapshot.layers)} layers, the cache {len(self.layers)}")
-
+        if snapshot.max_length != self.max_length:
+            raise CacheError(
+                f"the snapshot is of a cache with max_length={snapshot.max_length}, this one has {self.max_length}"
+            )
+        self._check_architecture(snapshot.config, ("cache", "snapshot"))
         self.layers = [
             _overwrite(mine, saved, fixed=self.max_length is not None)
             for mine, saved in zip(self.layers, snapshot.layers, strict=True)
@@ -292,7 +353,7 @@ class HymbaCache(Cache):
             "format": "hymba-cache-1",
             "columns": str(self.columns),
             "max_length": json.dumps(self.max_length),
-            "architecture": json.dumps({name: getattr(self.config, name) for name in _FINGERPRINT}),
+            "architecture": json.dumps(_architecture(self.config)),
         }
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -319,11 +380,9 @@ class HymbaCache(Cache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise CacheError(f"{path} is not a readable safetensors file: {error}") from error
-        saved = json.loads(meta["architecture"])
-        differ = [f"{k}: file {saved.get(k)!r}, model {getattr(config, k)!r}" for k in _FINGERPRINT
-                  if saved.get(k) != getattr(config, k)]  # fmt: skip
+        differ = _differences(json.loads(meta["architecture"]), _architecture(config), ("file", "model"))
         if differ:
-            raise CacheError(f"{path} was saved by another architecture ({'; '.join(differ)})")
+            raise CacheError(f"{path} was saved by another architecture ({differ})")
         cache = cls(config, max_length=json.loads(meta["max_length"]))
         for i, state in enumerate(cache.layers):
             mine = {name.split(".")[-1]: t for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
@@ -437,10 +496,7 @@ def as_hymba_cache(past: Any, config: HymbaConfig) -> HymbaCache:
         CacheError: a foreign cache that holds something, or a type that has no counterpart.
     """
     if isinstance(past, HymbaCache):
-        if past.config is not config and len(past.layers) != config.num_hidden_layers:
-            raise CacheError(
-                f"the cache has {len(past.layers)} layers, the model {config.num_hidden_layers}: another model's cache"
-            )
+        past._check_architecture(config, ("cache", "model"))
         return past
     if not isinstance(past, Cache):
         raise CacheError(
@@ -458,7 +514,14 @@ def as_hymba_cache(past: Any, config: HymbaConfig) -> HymbaCache:
         )
     max_length = None
     if isinstance(past, StaticCache):
-        max_length = max(int(layer.max_cache_len) for layer in past.layers)
+        # Layers with a window are shorter than the cache and do not know its length.
+        lengths = [int(layer.max_cache_len) for layer in past.layers if not getattr(layer, "is_sliding", False)]
+        if not lengths:
+            raise CacheError(
+                "past_key_values is a StaticCache without a global layer, which does not know its own length; use "
+                "HymbaCache(model.config, max_length=...) or cache_implementation='static'"
+            )
+        max_length = max(lengths)
     user_defined = getattr(past, "_is_user_defined", False)
     past.__class__ = HymbaCache
     past.__dict__.clear()

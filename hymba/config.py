@@ -191,6 +191,14 @@ class HymbaConfig(PreTrainedConfig):
         )
 
     @property
+    def layer_types(self) -> list[str] | None:
+        """The layers in transformers' words, which its caches ask for; `None` before the fields have been checked."""
+        try:
+            return ["hybrid" if spec.window is None else "hybrid_sliding" for spec in self.layers]
+        except (TypeError, ValueError):
+            return None
+
+    @property
     def head_dim(self) -> int:
         """Width of a query or key head."""
         return self.hidden_size // self.num_attention_heads

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList
 
-from hymba.cache import CacheError, HymbaCache, as_hymba_cache
+from hymba.cache import HymbaCache, as_hymba_cache
 from hymba.inputs import InputError, check_ids, check_mask
 
 _FINISHED = "finished_rows"
@@ -71,19 +71,8 @@ class HymbaGenerationMixin(GenerationMixin):
                     "attention_mask ends with padding: generate() continues from the last column, so prompts are "
                     "padded on the left; set padding_side='left' on the tokenizer"
                 )
-        if past is not None and columns:
-            held = past.valid_columns()
-            given = None if mask is None else mask[:, :columns] != 0
-            if held is None:
-                agree = given is None or bool(given.all())
-            else:
-                agree = given is not None and bool((given == held.to(given.device)).all())
-            if not agree:
-                raise CacheError(
-                    f"attention_mask disagrees with the cache about which of its {columns} columns are padding; pass "
-                    "the mask that the cache was filled with (cache.valid_columns(); rows that ended early count their "
-                    "padding as 0), or start a new cache"
-                )
+        if past is not None:
+            past.check_mask(mask)
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Padding is never guessed from token ids: the release pads with id 0, which is a token like any other.

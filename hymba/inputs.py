@@ -29,7 +29,7 @@ def check_keywords(kwargs: dict[str, Any], allowed: frozenset[str], known: Any, 
             raise TypeError(f"{where}() got an unexpected keyword argument {key!r}.{nearest(key, known)}")
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether looking at values costs nothing: on the CPU, and not while a compiler traces."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -51,7 +51,7 @@ def check_ids(input_ids: Tensor, vocab_size: int, *, read: bool | None = None) -
             f"input_ids has shape {tuple(input_ids.shape)}: a prompt of zero tokens; give at least one token a row "
             "(the tokenizer's bos token will do)"
         )
-    if read if read is not None else _readable(input_ids):
+    if read if read is not None else readable(input_ids):
         low, high = (int(value) for value in input_ids.aminmax())
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
@@ -74,7 +74,7 @@ def check_mask(mask: Tensor, *, rows: int, columns: int, need_real: bool, read: 
             f"attention_mask has shape {tuple(mask.shape)}; expected ({rows}, {columns}): one column for every token "
             "so far, tokens in the cache included"
         )
-    if read if read is not None else _readable(mask):
+    if read if read is not None else readable(mask):
         if mask.dtype != torch.bool:
             wrong = (mask != 0) & (mask != 1)
             if bool(wrong.any()):
@@ -177,7 +177,7 @@ def documents(
             raise InputError(f"cu_seq_lens_q describes one packed row, the input has {rows} rows")
         if cu_seq_lens.dim() != 1:
             raise InputError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)}; expected (documents + 1,)")
-        if _readable(cu_seq_lens):
+        if readable(cu_seq_lens):
             bounds = cu_seq_lens.tolist()
             if not bounds or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
                 raise InputError(f"cu_seq_lens_q={bounds}: boundaries must rise from 0 to the row's {length} tokens")
@@ -190,7 +190,7 @@ def documents(
     positions = None
     if position_ids is not None:
         positions = per_token("position_ids", position_ids)
-        if _readable(positions):
+        if readable(positions):
             real = positions if compaction is None else positions[where < compaction.lengths[:, None]]
             if real.numel() and int(real.min()) < 0:
                 raise InputError(f"position_ids holds {int(real.min())}; allowed: text positions from 0")

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from hymba.cache import HymbaCache, as_hymba_cache
 from hymba.config import HymbaConfig
 from hymba.generation import HymbaGenerationMixin
-from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents
+from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents, readable
 from hymba.loading import CheckpointMixin
 from hymba.nn import HymbaBlock, LayerState, MetaTokens, RMSNorm, SharedKV, Span, run_prefix
 from hymba.nn.init import initialise
@@ -223,6 +223,8 @@ class HymbaModel(HymbaPreTrainedModel):
         if attention_mask is not None:
             given = past_key_values is None
             check_mask(attention_mask, rows=rows, columns=columns + length, need_real=given)
+            if cache is not None and readable(attention_mask):
+                cache.check_mask(attention_mask)
             compaction = Compaction.of(attention_mask[:, columns:].to(device))
             inputs_embeds = compaction.pack(inputs_embeds)
         lengths = None if compaction is None else compaction.lengths

@@ -11,8 +11,8 @@ from hymba.nn.init import initialise
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension: float32 inside, cast back, then the weight."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(compute), (x.shape[-1],), None, eps).to(x.dtype) * weight
+    # PyTorch computes it in float32 for narrower inputs; its own weight would be applied before the cast.
+    return F.rms_norm(x, (x.shape[-1],), None, eps) * weight
 
 
 class RMSNorm(nn.Module):

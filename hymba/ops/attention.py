@@ -58,6 +58,31 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tens
     return rearrange(out, "b h l e -> b l (h e)")
 
 
+def _one_query(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None
+) -> Tensor:
+    """The reference for one query per row, reading keys and values once; returns (b, 1, h * e) in `v.dtype`.
+
+    SDPA has no fused kernel on CPUs for values wider than keys, and its decomposition scales and masks copies of the
+    keys; the prefix is not joined to them either.
+    """
+    rows, groups = q.shape[0], q.shape[2] // k.shape[2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+
+    def heads_first(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        # Products over several rows and strided heads would copy again.
+        return x.to(compute) if x.shape[0] == 1 else torch.empty(x.shape, dtype=compute, device=x.device).copy_(x)
+
+    queries = rearrange(q.to(compute), "b 1 (k g) d -> b k g d", g=groups)
+    parts = [(k, v)] if prefix_k is None or prefix_v is None else [(prefix_k, prefix_v), (k, v)]
+    scores = torch.cat([queries @ heads_first(keys).transpose(2, 3) for keys, _ in parts], dim=-1)
+    scores = (scores / math.sqrt(q.shape[-1])).masked_fill_(~mask[:, None], torch.finfo(compute).min)
+    weights = scores.softmax(dim=-1).split([keys.shape[1] for keys, _ in parts], dim=-1)
+    out = sum(w @ heads_first(values) for w, (_, values) in zip(weights, parts, strict=True))
+    return rearrange(out, "b k g e -> b 1 (k g e)", b=rows).to(v.dtype)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -86,6 +111,9 @@ def attention(
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"implementation={implementation!r}: allowed: 'sdpa', 'eager'")
     reference = need_weights or implementation == "eager"
+
+    if q.shape[1] == 1 and q.device.type == "cpu" and not reference and not dropout:
+        return _one_query(q, k, v, visibility.dense(), prefix_k, prefix_v), None
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         if prefix_k is not None and prefix_v is not None:

@@ -11,6 +11,8 @@ State, A, D and the arithmetic are float32 (float64 when x is float64), whatever
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -30,6 +31,9 @@ _FORWARD = (
     "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache logits_to_keep "
     "output_attentions output_hidden_states seq_idx cu_seq_lens_q return_dict"
 ).split()
+
+# Guards the count of open frozen_meta_state() scopes, which threads may share.
+_SCOPES = threading.Lock()
 
 
 class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -118,6 +122,7 @@ class HymbaModel(HymbaPreTrainedModel):
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self._frozen: dict[Any, list[LayerState]] | None = None
+        self._open_scopes = 0
         self.post_init()
         self._set_attention()
 
@@ -151,12 +156,20 @@ class HymbaModel(HymbaPreTrainedModel):
         Promise: nothing changes the weights, adapters or hooks inside. Outside such a scope the meta state is computed
         anew for every cache and every call without one, because no counter shows that weights have changed.
         """
-        before = self._frozen
-        self._frozen = {} if before is None else before
+        with _SCOPES:
+            self._open_scopes += 1
+            self._frozen = {} if self._frozen is None else self._frozen
         try:
             yield
         finally:
-            self._frozen = before
+            with _SCOPES:
+                self._open_scopes -= 1
+                if not self._open_scopes:
+                    self._frozen = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside a scope is not in it: nobody would close the copy's.
+        return {**self.__dict__, "_frozen": None, "_open_scopes": 0}
 
     # Forward.
 

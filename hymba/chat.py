@@ -363,7 +363,8 @@ class Conversation:
         """Settle what the answer is, bring cache and tokens in line with it, and take note of the turn."""
         tokens, cut = listener.tokens, ""
         if listener.stopped_at is None:
-            listener.text += listener.detokenizer.flush()
+            # An interrupted character stays half: its tokens are kept, and it is never shown.
+            listener.text += "" if interrupted else listener.detokenizer.flush()
             listener.show(len(listener.text))
             text = listener.text
         else:

@@ -1,0 +1,50 @@
+"""The `hymba` command. Subcommands import torch when they are called, so that help is immediate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hymba.commands.chat import chat
+from hymba.commands.env import env
+from hymba.commands.errors import DEBUG, Commands
+from hymba.commands.generate import generate
+from hymba.commands.inspect import inspect
+from hymba.commands.train import train
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Paragraphs of the docstrings flow with the terminal's width.
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Hymba, the hybrid-head language model: generate, chat, inspect, train.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hymba import __version__
+
+        typer.echo(f"hymba {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Options of the command itself; `Commands` takes `--debug` out before they are parsed."""
+
+
+for command in (generate, chat, inspect, train, env):
+    app.command()(command)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The subcommands of `hymba`, a file each. None imports torch before it is called."""

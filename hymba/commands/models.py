@@ -1,0 +1,125 @@
+"""From `--model`, `--dtype` and `--device` to a configuration, a model and its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hymba.commands.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hymba.config import HymbaConfig
+    from hymba.model import HymbaForCausalLM
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate(name: str | None) -> str:
+    """The folder or hub id that `--model` means; without one the checkpoint inside the package.
+
+    Raises:
+        UsageError: neither a folder with a configuration nor a name that a hub repository could have.
+    """
+    if name is None:
+        folder = Path(str(files("hymba"))) / "assets" / "default"
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                "this installation has no checkpoint inside; name one: --model FOLDER or --model OWNER/NAME"
+            )
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model {name}: the folder has no config.json; give a checkpoint's folder")
+        return str(path)
+    if path.exists():
+        raise UsageError(f"--model {name}: a file; give the folder that it is in")
+    if not _HUB_ID.fullmatch(name):
+        raise UsageError(f"--model {name}: no such folder; allowed: a folder, or a hub id like nvidia/Hymba-1.5B-Base")
+    return name
+
+
+def load_config(name: str, *, revision: str | None = None) -> HymbaConfig:
+    """The configuration of a folder or hub id; no weights are read or fetched.
+
+    Raises:
+        UsageError: it cannot be found or read, or belongs to another kind of model.
+        ConfigError: one that cannot be built.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import PreTrainedConfig
+
+    from hymba.config import HymbaConfig
+
+    # Every retry without a network would be a warning of its own; the error at the end says it once.
+    hub_logging.set_verbosity_error()
+
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise UsageError(f"{name}/config.json cannot be read: {_first_line(error)}") from error
+        raise UsageError(
+            f"--model {name}: no such folder, and as a hub id it cannot be fetched: {_first_line(error)}"
+        ) from error
+    kind = fields.get("model_type")
+    if kind != "hymba":
+        raise UsageError(f"--model {name}: its config.json says model_type={kind!r}; allowed: 'hymba'")
+    return HymbaConfig.from_dict(fields)
+
+
+def load(
+    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+) -> tuple[HymbaForCausalLM, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode on its device, and its tokenizer.
+
+    Raises:
+        UsageError: a device that is not there, a folder without a tokenizer.
+        ConfigError, CheckpointError: files that do not make a model.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from hymba.hub import register
+    from hymba.model import HymbaForCausalLM
+
+    where = _device(device)
+    # Found out before gigabytes of weights are read.
+    load_config(name, revision=revision)
+    register()
+    logging.disable_progress_bar()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        folder = Path(name)
+        why = "" if folder.is_dir() and not list(folder.glob("token*")) else f" ({_first_line(error)})"
+        raise UsageError(
+            f"--model {name}: no tokenizer can be loaded from it{why}; needed: tokenizer.json and tokenizer_config.json"
+        ) from error
+    keywords = {} if revision is None else {"revision": revision}
+    model = HymbaForCausalLM.from_pretrained(name, dtype=dtype, **keywords)
+    return model.to(where).eval(), tokenizer
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: allowed: auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device {name}: this machine has none; use auto or cpu")
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -52,6 +52,13 @@ class HymbaGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if isinstance(tokens, Tensor):
             self._check_batch(tokens, mask, past)
+        settings = kwargs.get("generation_config") or self.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if embeds is not None and chunk is not None:
+            raise InputError(
+                f"prefill_chunk_size={chunk} cuts input_ids, of which inputs_embeds has none; allowed with "
+                "inputs_embeds: None"
+            )
         return super().generate(inputs, *args, **kwargs)
 
     def _check_batch(self, tokens: Tensor, mask: Tensor | None, past: HymbaCache | None) -> None:
@@ -99,9 +106,12 @@ class HymbaGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=length)
         return None
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # transformers looks for `inputs_embeds` by name before it passes any.
         kwargs.pop(_FINISHED, None)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -27,7 +27,8 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimizer groups over the trainable parameters, with and without decay; a tied tensor is in one, once."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decayed if decays(name, parameter) else kept).append(parameter)

@@ -13,9 +13,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
+
+Section = TypeVar("Section")
 
 
 class SettingsError(ValueError):
@@ -201,6 +203,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise SettingsError(f"override {override!r}: section {section!r} is {target!r}, not a mapping")
     target[name] = value
+
+
+def settings_from(kind: type[Section], raw: Mapping[str, Any], *, where: str) -> Section:
+    """One section from a mapping, with the checks of :func:`load_settings`; ``where`` names its source in errors."""
+    section = _build(kind, raw, prefix="", where=where)
+    assert isinstance(section, kind)
+    return section
 
 
 def known_keys() -> list[str]:

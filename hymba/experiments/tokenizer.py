@@ -22,19 +22,18 @@ GPT-2's pieces (3.14 against 3.00 bytes per token at 2,048 entries) at the same 
 """
 
 
-def build_tokenizer(settings: TokenizerSettings, texts: Iterable[str], max_length: int) -> PreTrainedTokenizerBase:
+def build_tokenizer(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that ``settings`` ask for.
 
     Args:
         settings: ``path`` of a folder, or the vocabulary size to train.
         texts: the training documents; read only when a tokenizer is trained.
-        max_length: recorded as ``model_max_length`` of a trained tokenizer.
 
     Raises:
         SettingsError: the folder has no tokenizer, or the tokenizer has no beginning- or end-of-text token.
     """
     if settings.path is None:
-        return train_tokenizer(texts, settings.vocab_size, max_length)
+        return train_tokenizer(texts, settings.vocab_size)
     if not Path(settings.path).expanduser().is_dir():
         raise SettingsError(f"tokenizer.path = {settings.path!r}: no such folder; name one with tokenizer.json")
     try:
@@ -47,7 +46,7 @@ def build_tokenizer(settings: TokenizerSettings, texts: Iterable[str], max_lengt
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: every byte has a token, so no text is unknown and decoding gives the text back.
 
     The same texts in the same order give the same tokenizer. Encoding puts the beginning-of-text token first.
@@ -79,7 +78,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         bos_token=bos,
         eos_token=eos,
         padding_side="left",
-        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
 

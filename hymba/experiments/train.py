@@ -89,7 +89,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     )
     if checkpoint is not None:
         check_corpus(corpus, output)
-    tokenizer = build_tokenizer(settings.tokenizer, (d.text for d in corpus.train), settings.data.sequence_length)
+    tokenizer = build_tokenizer(settings.tokenizer, (d.text for d in corpus.train))
     model = build_model(settings, tokenizer)
     rows = TokenRows(
         encode_documents(tokenizer, [document.text for document in corpus.train]),

@@ -225,22 +225,20 @@ class HymbaCache(Cache):
         mask: (b, from columns on); `None` is all real. Its values are read.
         """
         held = self.valid_columns()
-        if not self.columns or (mask is None and held is None):
+        given = None if mask is None else mask[:, : self.columns] != 0
+        if not self.columns or (given is None and held is None):
             return
-        hint = (
-            "pass the mask that the cache was filled with (cache.valid_columns(); rows that ended early count their "
-            "padding as 0), or start a new cache"
-        )
-        if mask is None:
-            raise CacheError(f"attention_mask is missing and disagrees with the cache, which holds padding; {hint}")
-        given = mask[:, : self.columns] != 0
+        if given is None:
+            given = torch.ones_like(held, dtype=torch.bool)
         wrong = ~given if held is None else given != held.to(given.device)
         if bool(wrong.any()):
             row, column = (int(i) for i in wrong.nonzero()[0])
+            says = " is missing and" if mask is None else f"[{row}, {column}]={int(given[row, column])}"
             kind = "padding" if given[row, column] else "a real token"
             raise CacheError(
-                f"attention_mask[{row}, {column}]={int(given[row, column])} disagrees with the cache, which took that "
-                f"column in as {kind}; {hint}"
+                f"attention_mask{says} disagrees with the cache, which took column "
+                f"{column} of row {row} in as {kind}; pass the mask that the cache was filled with "
+                "(cache.valid_columns(); rows that ended early count their padding as 0), or start a new cache"
             )
 
     def _check_architecture(self, other: HymbaConfig, names: tuple[str, str]) -> None:

@@ -238,8 +238,10 @@ class HymbaModel(HymbaPreTrainedModel):
             check_mask(attention_mask, rows=rows, columns=columns + length, need_real=given)
             if cache is not None and readable(attention_mask):
                 cache.check_mask(attention_mask)
-            compaction = Compaction.of(attention_mask[:, columns:].to(device))
-            inputs_embeds = compaction.pack(inputs_embeds)
+            new = attention_mask[:, columns:]
+            if not (readable(new) and bool(new.all())):
+                compaction = Compaction.of(new.to(device))
+                inputs_embeds = compaction.pack(inputs_embeds)
         lengths = None if compaction is None else compaction.lengths
 
         span = self._span(cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q)

@@ -91,26 +91,36 @@ def written_folder(
     """
     staging = target.parent / f"{_STAGING}{target.name}"
     try:
+        with write_failures(target):
+            if main:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            wait()
+            yield staging
+            wait()
+            if main:
+                if sealed:
+                    seal(staging)
+                replace_folder(staging, target)
+            wait()
+    except BaseException:
         if main:
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        wait()
-        yield staging
-        wait()
-        if main:
-            if sealed:
-                seal(staging)
-            replace_folder(staging, target)
-        wait()
-    except BaseException as error:
-        if main:
-            shutil.rmtree(staging, ignore_errors=True)
-        if is_write_failure(error):
-            raise OutputError(
-                f"{target}: could not be written: {error}; {free_space(target.parent)}. Earlier checkpoints "
-                "are untouched: make room or choose another folder, and run the same command again"
-            ) from error
         raise
+
+
+@contextmanager
+def write_failures(target: Path) -> Iterator[None]:
+    """Turn the file system's refusal to write into an :class:`OutputError` that names ``target`` and the space."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise OutputError(
+            f"{target}: could not be written: {error}; {free_space(target)}. Earlier checkpoints are untouched: "
+            "make room or choose another folder, and run the same command again"
+        ) from error
 
 
 def replace_folder(staging: Path, target: Path) -> None:
@@ -181,8 +191,9 @@ def check_output(output: Path, needed: int) -> None:
         )
 
 
-def free_space(folder: Path) -> str:
-    """``<n> MB are free there``."""
+def free_space(path: Path) -> str:
+    """``<n> MB are free there``, for a path that may not exist yet."""
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
     return f"{_mb(shutil.disk_usage(folder).free)} are free there"
 
 

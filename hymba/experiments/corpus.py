@@ -159,8 +159,9 @@ def read_files(paths: Iterable[str], patterns: Sequence[str]) -> Iterator[Docume
         else:
             raise CorpusError(f"data.paths: {given} does not exist; give files or folders")
         for name, path in found:
-            # Two folders may hold the same relative name; the second is told apart by its folder.
-            unique = name if name not in seen else f"{root.name}/{name}"
+            # Two folders may hold the same relative name; the later one is told apart by its folder.
+            folder = root.resolve().parent.name if root.is_file() else root.resolve().name
+            unique = name if name not in seen else f"{folder}/{name}"
             while unique in seen:
                 unique += "+"
             seen.add(unique)
@@ -203,12 +204,18 @@ def read_dataset(settings: DataSettings) -> Iterator[Document]:
     name = settings.dataset
     assert name is not None
     local = Path(name)
-    if local.is_dir() and (local / "dataset_info.json").is_file():
-        rows = datasets.load_from_disk(name)
-    elif local.is_dir() and (local / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(name)[settings.dataset_split]
-    else:
-        rows = datasets.load_dataset(name, settings.dataset_config, split=settings.dataset_split)
+    try:
+        if (local / "dataset_info.json").is_file():
+            rows = datasets.load_from_disk(name)
+        elif (local / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)[settings.dataset_split]
+        else:
+            rows = datasets.load_dataset(name, settings.dataset_config, split=settings.dataset_split)
+    except (OSError, ValueError, KeyError) as error:
+        raise CorpusError(
+            f"data.dataset = {name!r} (data.dataset_config = {settings.dataset_config!r}, data.dataset_split = "
+            f"{settings.dataset_split!r}) cannot be loaded: {error}"
+        ) from error
     if settings.text_field not in rows.column_names:
         raise CorpusError(
             f"data.text_field = {settings.text_field!r}: {name} has the columns {', '.join(rows.column_names)}"

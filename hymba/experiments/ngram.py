@@ -69,8 +69,8 @@ class KneserNey:
         n1, n2, n3, n4 = (max(int((counts == i).sum()), 1) for i in (1, 2, 3, 4))
         share = n1 / (n1 + 2 * n2)
         steps = np.array([0.0, 1 - 2 * share * n2 / n1, 2 - 3 * share * n3 / n2, 3 - 4 * share * n4 / n3])
-        # Tiny corpora can give estimates outside the range in which a discounted count stays positive.
-        steps = np.clip(steps, 0.0, np.array([0.0, 1.0, 2.0, 3.0]) - 1e-3 * (np.arange(4) > 0))
+        # Tiny corpora can give estimates that leave a seen gram, or all unseen ones, no probability at all.
+        steps = np.clip(steps, np.array([0.0, 1e-3, 1e-3, 1e-3]), np.array([0.0, 0.999, 1.999, 2.999]))
         discounts = steps[np.minimum(counts, 3)]
         contexts, starts = np.unique(grams // self._base, return_index=True)
         totals = np.add.reduceat(counts, starts)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hymba.experiments.settings import OptimizerSettings, ScheduleSettings
 
-_NEVER_DECAYED = ("A_log", "D", "dt_bias", "meta_tokens")
+_NEVER_DECAYED = frozenset({"A_log", "D", "dt_bias", "bias", "meta_tokens"})
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -21,8 +21,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     It pulls towards zero, a neutral place only for the weights of a projection, an embedding or a convolution:
     not for scales, biases, the spectrum, the skip, or meta tokens, which are an initial state.
     """
-    leaf = name.rpartition(".")[2]
-    return parameter.dim() >= 2 and leaf not in _NEVER_DECAYED and leaf != "bias" and "norm" not in name
+    return parameter.dim() >= 2 and "norm" not in name and _NEVER_DECAYED.isdisjoint(name.split("."))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -68,6 +68,8 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
         OutputError: the output folder cannot take the run's files; complete checkpoints survive.
     """
     settings = load_settings(config_path, overrides)
+    if settings.run.init_from is None:
+        HymbaConfig(**settings.model)
     output = Path(settings.run.output).expanduser()
     first = int(os.environ.get("RANK", "0")) == 0
     if settings.run.threads:
@@ -228,15 +230,11 @@ def prepare_output(
     # Weights and two optimizer moments in fp32, for the checkpoints kept and the one being written; the export.
     needed = parameters * 12 * (settings.run.keep_checkpoints + 1) + parameters * 4 + (8 << 20)
     checkpoints.check_output(output, needed)
-    try:
+    with checkpoints.write_failures(output):
         checkpoints.write_text(output / "settings.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
         checkpoints.write_text(output / "corpus.json", json.dumps(corpus.record(), indent=1) + "\n")
         with checkpoints.written_folder(output / "tokenizer", sealed=False) as folder:
             tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        if isinstance(error, checkpoints.OutputError):
-            raise
-        raise checkpoints.OutputError(f"run.output = {str(output)!r}: cannot be written to: {error}") from error
 
 
 def sample_documents(documents: Iterable[Document], limit: int) -> list[Document]:

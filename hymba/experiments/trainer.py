@@ -15,6 +15,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,7 +28,7 @@ from hymba.experiments.settings import TrainSettings
 from hymba.model import HymbaForCausalLM
 
 LOG_NAME = "log.jsonl"
-_PENDING = "pending_losses.json"
+_PENDING = "pending_losses_{process}.json"
 
 
 def training_arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
@@ -63,6 +64,12 @@ class HymbaTrainer(Trainer):
     one JSON object per log entry; the mean losses in it do not depend on where a run was interrupted.
     """
 
+    # Trainer's own attributes, whose types are out of a type checker's sight.
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    control: TrainerControl
+    _timed_from = 0
+
     def __init__(
         self,
         model: HymbaForCausalLM,
@@ -76,7 +83,6 @@ class HymbaTrainer(Trainer):
         self.settings, self.output = settings, output
         self.meter = Meter()
         self._pending: list[Tensor] = []
-        self._pending_steps = 0
         if settings.run.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         super().__init__(
@@ -95,7 +101,8 @@ class HymbaTrainer(Trainer):
         truncate_log(self.output / LOG_NAME, 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint))
         if checkpoint is not None:
             self._read_pending(checkpoint)
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with checkpoints.write_failures(self.output):
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -106,7 +113,7 @@ class HymbaTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
+            optimizer = optimizer or self.create_optimizer()
             self.lr_scheduler = build_scheduler(optimizer, self.settings.schedule, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -157,13 +164,11 @@ class HymbaTrainer(Trainer):
         run = self.settings.run
         return run.batch_size * run.gradient_accumulation * self.args.world_size * self.settings.data.sequence_length
 
-    _timed_from = 0
-
     def _read_pending(self, checkpoint: Path) -> None:
         """Losses of steps after the last log entry before the checkpoint: they belong to the next entry's mean."""
         step = checkpoints.checkpoint_step(checkpoint)
         self._timed_from = 0 if step is None else step
-        path = checkpoint / _PENDING
+        path = checkpoint / _PENDING.format(process=self.args.process_index)
         if path.is_file():
             self._pending = [torch.tensor(loss) for loss in json.loads(path.read_text(encoding="utf-8"))]
 
@@ -180,11 +185,11 @@ class HymbaTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            losses = json.dumps([float(loss) for loss in self._pending])
+            (folder / _PENDING.format(process=self.args.process_index)).write_text(losses, encoding="utf-8")
             if main:
                 self.state.stateful_callbacks["TrainerControl"] = self.control.state()
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                losses = [float(loss) for loss in self._pending]
-                (folder / _PENDING).write_text(json.dumps(losses), encoding="utf-8")
         if main:
             checkpoints.rotate(self.output, self.settings.run.keep_checkpoints)
 

@@ -1,0 +1,218 @@
+"""Decoding without Python in the way: one step over fixed addresses, replayed as a CUDA graph.
+
+A step reads the current token of every row, runs all layers on a static `HymbaCache` and leaves logits. Two versions
+with one meaning: `modules` runs the model as it stands (hooks, adapters and quantised layers included); `fused` runs
+nine kernels per layer for small batches of plain weights. Neither reads anything back from the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hymba.cache import HymbaCache
+from hymba.nn import HybridHeads, HymbaBlock, Span, rope_tables
+
+if TYPE_CHECKING:
+    from hymba.model import HymbaForCausalLM
+
+
+FUSED_ROWS = 16
+"""Rows up to which the fused kernels serve."""
+
+
+def why_not_fused(model: HymbaForCausalLM, rows: int) -> str | None:
+    """Why the fused step cannot serve this model and batch size, or `None`."""
+    if rows > FUSED_ROWS:
+        return f"{rows} rows; up to {FUSED_ROWS}"
+    dtypes = {p.dtype for p in model.parameters()}
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        return f"weights on {len(devices)} devices"
+    if len(dtypes) > 1:
+        return f"weights of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has a forward hook"
+        if "forward" in vars(module):
+            return f"{name} has a forward of its own"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}"
+    for block in model.model.layers:
+        if not isinstance(block, HymbaBlock) or type(block.mixer) is not HybridHeads:
+            return f"layer of type {type(block).__name__}"
+        linears = [block.mixer.in_proj, block.mixer.out_proj, block.mixer.mamba.x_proj, block.mixer.mamba.dt_proj]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return "a projection that is not a plain nn.Linear"
+        attention = block.mixer.attention
+        if attention.q_norm is not None:
+            return "query/key norms"
+        for name, size in (("head_dim", attention.head_dim), ("v_head_dim", attention.v_head_dim)):
+            if size < 16 or size & (size - 1):
+                return f"{name}={size}; powers of two from 16"
+        if block.mixer.mamba.d_state & (block.mixer.mamba.d_state - 1):
+            return f"d_state={block.mixer.mamba.d_state}; powers of two"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+class DecodeStep:
+    """One decode step over fixed addresses.
+
+    Args:
+        model: the language model, in inference.
+        cache: a static cache that has taken in a prompt.
+        fused: use the fused kernels; see `why_not_fused`.
+
+    Attributes:
+        tokens: (b,) int64, the token that each row takes in next. active: (b,) bool, rows that take one in.
+        logits: (b, vocab) float32, of the last step.
+    """
+
+    def __init__(self, model: HymbaForCausalLM, cache: HymbaCache, *, fused: bool) -> None:
+        if cache.max_length is None or not cache.columns or cache.seen is None:
+            raise ValueError("a decode step needs a static cache (max_length=...) that holds a prompt")
+        rows = cache.batch_size
+        assert rows is not None
+        self.model, self.cache, self.rows, self.fused = model, cache, rows, fused
+        device = cache.seen.device
+        cache.seen = cache.seen.expand(rows).clone()
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.active = torch.ones(rows, dtype=torch.bool, device=device)
+        self.logits = torch.zeros(rows, model.config.vocab_size, device=device)
+        if fused:
+            self._buffers(device)
+
+    def _buffers(self, device: torch.device) -> None:
+        config, dtype, rows = self.model.config, self.model.dtype, self.rows
+        assert self.cache.max_length is not None
+        positions = torch.arange(self.cache.max_length + config.num_memory_tokens, device=device)[None]
+        cos, sin = rope_tables(positions, head_dim=config.head_dim, base=config.rope_base)
+        self.cos, self.sin = cos[0], sin[0]
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(rows, *shape, dtype=dtype, device=device)
+
+        self.q = empty(config.num_attention_heads, config.head_dim)
+        self.scanned = empty(config.d_inner)
+
+    def run(self) -> None:
+        """Take in `tokens`, leave `logits`, move the cache on by one."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self.fused:
+                self._run_fused()
+            else:
+                self._run_modules()
+            assert self.cache.seen is not None
+            self.cache.seen.add_(self.active)
+
+    def _run_modules(self) -> None:
+        body = self.model.model
+        x = body.embed_tokens(self.tokens[:, None])
+        assert self.cache.seen is not None
+        span = Span.following(
+            1,
+            start=self.cache.seen.clone(),
+            columns=self.cache.columns,
+            lengths=self.active.long(),
+            offset=self.model.config.num_memory_tokens,
+        )
+        x, _, _ = body._run(x, self.cache.layers, span, self.cache, False, False)
+        self.logits.copy_(self.model.lm_head(body.final_norm(x))[:, 0])
+
+    def _run_fused(self) -> None:
+        from hymba.ops.triton.decode_attention import decode_attention
+        from hymba.ops.triton.decode_mamba import mamba_step, rotate_and_write
+        from hymba.ops.triton.small_linear import small_linear
+
+        body, cache = self.model.model, self.cache
+        seen = cache.seen
+        assert seen is not None
+        x = F.embedding(self.tokens, body.embed_tokens.weight)
+        at = seen + self.model.config.num_memory_tokens
+        cos, sin = self.cos[at], self.sin[at]
+        for i, block in enumerate(body.layers):
+            assert isinstance(block, HymbaBlock)
+            mixer, mamba, attention = block.mixer, block.mixer.mamba, block.mixer.attention
+            state = cache.layers[i]
+            lender = body.lenders[i]
+            lending = state if lender is None else cache.layers[lender]
+            assert lending.kv is not None and lending.kv.keys is not None and lending.kv.values is not None
+            keys, values = lending.kv.keys, lending.kv.values
+            parts = small_linear(x, mixer.in_proj.weight, norm=block.input_norm.weight, eps=block.input_norm.eps,
+                                 bias=mixer.in_proj.bias).split(mixer.splits, dim=-1)  # fmt: skip
+            q, u, z = parts[0], parts[-2], parts[-1]
+            k, v = (parts[1], parts[2]) if lender is None else (None, None)
+            rotate_and_write(
+                q, k, v, cos, sin, keys=keys, values=values, position=seen, q_out=self.q, valid=self.active
+            )
+            attended = decode_attention(
+                self.q[:, None], keys, values, seen, window=attention.window,
+                prefix_k=lending.prefix_k, prefix_v=lending.prefix_v,
+            )  # fmt: skip
+            assert state.conv is not None and state.ssm is not None and mamba.conv1d.bias is not None
+            conv_weight = mamba.conv1d.weight[:, 0]
+            low = small_linear(u, mamba.x_proj.weight, conv=(conv_weight, mamba.conv1d.bias, state.conv))
+            scanned = mamba_step(
+                u, z, low, conv_state=state.conv, conv_weight=conv_weight, conv_bias=mamba.conv1d.bias,
+                dt_weight=mamba.dt_proj.weight, dt_bias=mamba.dt_bias, A_log=mamba.A_log, D=mamba.D,
+                dt_norm=mamba.dt_norm.weight, b_norm=mamba.B_norm.weight, c_norm=mamba.C_norm.weight,
+                ssm_state=state.ssm, eps=mamba.dt_norm.eps, out=self.scanned, valid=self.active,
+            )  # fmt: skip
+            small_linear(
+                attended[:, 0], mixer.out_proj.weight, norm=mixer.attention_norm.weight, eps=mixer.attention_norm.eps,
+                merge=(scanned, mixer.mamba_norm.weight), bias=mixer.out_proj.bias, add_to=x,
+            )  # fmt: skip
+            if block.mlp is None:
+                continue
+            assert block.ffn_norm is not None
+            gate = None if block.mlp.gate_proj is None else block.mlp.gate_proj.weight
+            inner = small_linear(x, block.mlp.up_proj.weight, norm=block.ffn_norm.weight, eps=block.ffn_norm.eps,
+                                 gate=gate, relu2=gate is None)  # fmt: skip
+            small_linear(inner, block.mlp.down_proj.weight, add_to=x)
+        logits = small_linear(x, self.model.lm_head.weight, norm=body.final_norm.weight, eps=body.final_norm.eps,
+                              out_dtype=torch.float32)  # fmt: skip
+        self.logits.copy_(logits)
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Steps inside leave the cache as it was: they only write the slot that the next real step writes again."""
+        held = [t for state in self.cache.layers for t in (state.conv, state.ssm) if t is not None]
+        assert self.cache.seen is not None
+        held.append(self.cache.seen)
+        before = [tensor.clone() for tensor in held]
+        try:
+            yield
+        finally:
+            for tensor, old in zip(held, before, strict=True):
+                tensor.copy_(old)
+
+
+def capture(
+    advance: Callable[[], None], *, step: DecodeStep, held: Sequence[Tensor] = ()
+) -> Callable[[], None]:  # pragma: gpu
+    """`advance`, which runs `step`, as the replay of a CUDA graph.
+
+    Args:
+        held: further tensors that `advance` writes; they and the cache are left as they were.
+    """
+    before = [tensor.clone() for tensor in held]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            with step.untouched():
+                advance()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+    for tensor, old in zip(held, before, strict=True):
+        tensor.copy_(old)
+    return graph.replay

@@ -46,7 +46,7 @@ def test_model_in_a_file_of_its_own(settings_file, tmp_path):
     (tmp_path / "model.yaml").write_text("hidden_size: 48\n", encoding="utf-8")
     settings = load_settings(settings_file("model: model.yaml\n"), ["model.hidden_size=64"])
     assert settings.model == {"hidden_size": 64}
-    with pytest.raises(FileNotFoundError, match="absent.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         load_settings(settings_file("model: absent.yaml\n"))
 
 

@@ -27,7 +27,7 @@ from hymba.experiments.bits import Bits, bits_per_byte
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
 from hymba.experiments.corpus import Corpus, Document, byte_length, load_corpus
 from hymba.experiments.packing import TokenRows
-from hymba.experiments.settings import SettingsError, TrainSettings, load_settings
+from hymba.experiments.settings import SettingsError, TokenizerSettings, TrainSettings, load_settings
 from hymba.experiments.tokenizer import build_tokenizer, encode_documents
 from hymba.experiments.trainer import HymbaTrainer
 from hymba.model import HymbaForCausalLM
@@ -89,9 +89,11 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
         f"corpus: {corpus.description}: {len(corpus.train)} documents, {sizes[0]:,} bytes to train on; "
         f"{len(corpus.held_out)} documents, {sizes[1]:,} bytes held out"
     )
+    tokens = settings.tokenizer
     if checkpoint is not None:
         check_corpus(corpus, output)
-    tokenizer = build_tokenizer(settings.tokenizer, (d.text for d in corpus.train))
+        tokens = TokenizerSettings(path=str(output / "tokenizer"))
+    tokenizer = build_tokenizer(tokens, (d.text for d in corpus.train))
     model = build_model(settings, tokenizer)
     rows = TokenRows(
         encode_documents(tokenizer, [document.text for document in corpus.train]),
@@ -105,10 +107,10 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
         f"model: {parameters:,} parameters; tokenizer: {len(tokenizer):,} tokens; {settings.run.steps:,} steps, "
         f"{rows.rows * rows.length:,} tokens, {rows.passes:.2f} passes over the corpus"
     )
-    if first:
-        prepare_output(settings, output, corpus, tokenizer, parameters)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
+    elif first:
+        prepare_output(settings, output, corpus, tokenizer, parameters)
 
     stop = StopOnSignal()
     trainer = HymbaTrainer(model, settings, rows, output=output, tokenizer=tokenizer, callbacks=[Progress(), stop])
@@ -127,6 +129,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     with stop:
         trainer.resume(checkpoint)
         trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     step = trainer.state.global_step
     saved = checkpoints.complete_checkpoints(output)
     last = saved[-1] if saved else None

@@ -53,6 +53,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available() and run.device != "cpu",
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
     )
 
 

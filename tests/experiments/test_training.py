@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -318,6 +319,28 @@ def test_options_of_a_run(whole, config, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(result.exported).config.sliding_window == 4
     # It went on from trained weights: a fresh model starts near ln(280) = 5.6.
     assert losses(result.output)[0][1] < losses(whole.output)[0][1]
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bits_per_byte.py"
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the scripts are not part of the wheel")
+def test_the_script_prints_the_exported_figure_and_the_n_gram(whole, monkeypatch, capsys):
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return end.value.code, capsys.readouterr()
+
+    code, out = run("--model", str(whole.exported), "--order", "3")
+    result = json.loads(out.out.splitlines()[-1])
+    assert code == 0
+    assert result["model"]["bits_per_byte"] == pytest.approx(whole.bits_per_byte, rel=1e-6)
+    assert 0 < result["ngram"]["bits_per_byte"] < result["model"]["bits_per_byte"]
+    assert result["same_corpus"]
+    code, out = run("--model", str(whole.output))
+    assert code == 2
+    assert "no training record" in out.err
 
 
 def test_gradient_checkpointing_changes_no_number(whole, config, tmp_path):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +86,19 @@ def bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Clock:
-    """Counts what starts anew; a copy that was compared at an earlier count is compared again before it is read."""
+    """Counts what starts anew; a copy that was compared at an earlier count is compared again before it is read.
 
-    def __init__(self) -> None:
-        self.now = 0
+    Args:
+        cached: it is hooked to modules that take `past_key_values`; otherwise every call starts anew.
+    """
+
+    def __init__(self, *, cached: bool) -> None:
+        self.cached, self.now = cached, 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        past = kwargs.get("past_key_values") if self.cached else None
+        if past is None or past.get_seq_length() == 0:
+            self.now += 1
 
 
 class _PackedForward:
@@ -162,23 +171,6 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _starts_anew(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    past = kwargs.get("past_key_values")
-    return past is None or past.get_seq_length() == 0
-
-
-def _watch(model: nn.Module, clock: _Clock) -> list[Callable[[], None]]:
-    """Advance the clock where a computation starts anew; returns what ends the watch."""
-
-    def advance(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not cached or _starts_anew(module, args, kwargs):
-            clock.now += 1
-
-    cached = [m for m in model.modules() if "past_key_values" in inspect.signature(type(m).forward).parameters]
-    handles = [m.register_forward_pre_hook(advance, with_kwargs=True) for m in cached or [model]]
-    return [handle.remove for handle in handles]
-
-
 @contextmanager
 def prepacked_linears(model: nn.Module) -> Iterator[Prepacked]:
     """Let the model's 16-bit linear layers on the CPU read packed copies of their weights inside the scope.
@@ -209,8 +201,9 @@ def prepacked_linears(model: nn.Module) -> Iterator[Prepacked]:
             warnings.warn(f"linear layers stay unpacked in {dtype}: {reason}", stacklevel=3)
     layers = [layer for layer in layers if refusal(layer.weight.dtype) is None]
 
-    clock = _Clock()
-    stops = _watch(model, clock) if layers else []
+    takers = [m for m in model.modules() if "past_key_values" in inspect.signature(type(m).forward).parameters]
+    clock = _Clock(cached=bool(takers))
+    hooks = [m.register_forward_pre_hook(clock, with_kwargs=True) for m in takers or [model]] if layers else []
     forwards: list[_PackedForward] = []
     try:
         for layer in layers:
@@ -224,5 +217,5 @@ def prepacked_linears(model: nn.Module) -> Iterator[Prepacked]:
             if forward.layer.__dict__.get("forward") is forward:
                 del forward.layer.forward
             forward.close()
-        for stop in stops:
-            stop()
+        for hook in hooks:
+            hook.remove()

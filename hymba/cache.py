@@ -228,9 +228,12 @@ class HymbaCache(Cache):
         given = None if mask is None else mask[:, : self.columns] != 0
         if not self.columns or (given is None and held is None):
             return
-        if given is None:
-            given = torch.ones_like(held, dtype=torch.bool)
-        wrong = ~given if held is None else given != held.to(given.device)
+        if held is None:
+            assert given is not None
+            wrong = ~given
+        else:
+            given = torch.ones_like(held) if given is None else given
+            wrong = given != held.to(given.device)
         if bool(wrong.any()):
             row, column = (int(i) for i in wrong.nonzero()[0])
             says = " is missing and" if mask is None else f"[{row}, {column}]={int(given[row, column])}"

@@ -200,6 +200,9 @@ def documents(
             # Positions that count columns step over masked ones without starting a document.
             jumps = jumps & (step != compaction.order[:, 1:] - compaction.order[:, :-1])
         changes = changes | jumps
+    if compaction is not None:
+        # Whatever stands behind the real tokens is of no document of theirs.
+        changes = changes | (where[1:] == compaction.lengths[:, None])
     starts = torch.cat([changes.new_ones(changes.shape[0], 1), changes], dim=1)
     numbers = starts.cumsum(dim=1, dtype=torch.int32)
     if positions is None:

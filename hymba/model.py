@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -19,7 +20,7 @@ from hymba.config import HymbaConfig
 from hymba.generation import HymbaGenerationMixin
 from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents, readable
 from hymba.loading import CheckpointMixin
-from hymba.nn import HymbaBlock, LayerState, MetaTokens, RMSNorm, SharedKV, Span, run_prefix
+from hymba.nn import Collected, HymbaBlock, LayerState, MetaTokens, RMSNorm, SharedKV, Span, run_prefix
 from hymba.nn.init import initialise
 
 # What transformers' collators, Trainer and generate() send along and the model has no use for.
@@ -63,11 +64,17 @@ class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
         for module in self.modules():
             module._is_hf_initialized = True
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
         """As in transformers, non-reentrant only: the re-entrant form drops gradients through states and shared KV."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("gradient_checkpointing_kwargs={'use_reentrant': True}: allowed: use_reentrant=False")
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        for module in self.modules():
+            if isinstance(module, HymbaModel):
+                module._checkpoint_every = every_n_layers
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -121,6 +128,7 @@ class HymbaModel(HymbaPreTrainedModel):
         )
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._checkpoint_every = 1
         self._frozen: dict[Any, list[LayerState]] | None = None
         self._open_scopes = 0
         self.post_init()
@@ -143,10 +151,11 @@ class HymbaModel(HymbaPreTrainedModel):
             return [LayerState() for _ in self.layers]
         if self._frozen is None or torch.is_grad_enabled():
             return run_prefix(self.layers, self.meta_tokens(), lenders=self.lenders)[0]
-        device = self.meta_tokens.weight.device.type
+        tokens = self.meta_tokens()
+        device = tokens.device.type
         key = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if key not in self._frozen:
-            self._frozen[key] = run_prefix(self.layers, self.meta_tokens(), lenders=self.lenders)[0]
+            self._frozen[key] = run_prefix(self.layers, tokens, lenders=self.lenders)[0]
         return self._frozen[key]
 
     @contextlib.contextmanager
@@ -348,9 +357,9 @@ class HymbaModel(HymbaPreTrainedModel):
             if hidden is not None:
                 hidden.append(x)
             lender = self.lenders[i]
-            collected: list[Tensor] | None = None if weights is None else []
+            collected = None if weights is None else Collected()
             call = partial(layer.__call__, span=span, weights=collected)
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and i % self._checkpoint_every == 0:
                 x, state, kv = self._gradient_checkpointing_func(
                     partial(call, kv=None if lender is None else shared[lender]), x, states[i]
                 )
@@ -361,22 +370,22 @@ class HymbaModel(HymbaPreTrainedModel):
             if cache is not None:
                 cache.put(i, state)
             if weights is not None and collected is not None:
-                weights.append([collected[0], kv.visibility.key])
+                weights.append([collected.tensors[0], kv.visibility.key])
         return x, hidden, weights
 
     def _by_column(
-        self, collected: list[Tensor], span: Span, compaction: Compaction | None, valid: Tensor | None
+        self, weights_and_keys: list[Tensor], span: Span, compaction: Compaction | None, valid: Tensor | None
     ) -> Tensor:
         """Attention weights by input column: (b, h, l, meta + columns), zero where nothing is seen."""
-        weights, positions = collected
+        weights, positions = weights_and_keys
         b, heads, length, keys = weights.shape
         meta = keys - positions.shape[1]
         total = span.columns + span.length
-        if span.seq_idx is not None:
-            # Packed rows: keys stand in input order already, positions start again at each document.
-            return weights
-        ranks = positions.clamp(min=0).expand(b, -1)[:, None, None].expand(b, heads, length, -1).to(weights.device)
-        text = weights.new_zeros(b, heads, length, total).scatter_add(3, ranks, weights[..., meta:])
+        text = weights[..., meta:]
+        if span.seq_idx is None:
+            ranks = positions.clamp(min=0).expand(b, -1)[:, None, None].expand(b, heads, length, -1).to(weights.device)
+            text = weights.new_zeros(b, heads, length, total).scatter_add(3, ranks, text)
+        # Keys of packed rows stand in order already, and their positions start again at each document.
         if compaction is not None:
             valid = compaction.valid if valid is None else valid
         if valid is not None:
@@ -453,6 +462,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise InputError(f"logits_to_keep={logits_to_keep}: allowed: integers from 0 (all), or a tensor of indices")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         loss = None

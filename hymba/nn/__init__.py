@@ -1,6 +1,6 @@
 """Building blocks, each usable alone with keyword arguments."""
 
-from hymba.nn.attention import AttentionHeads, SharedKV
+from hymba.nn.attention import AttentionHeads, Collected, SharedKV
 from hymba.nn.block import HymbaBlock
 from hymba.nn.hybrid import HybridHeads
 from hymba.nn.mamba import MambaHeads
@@ -13,6 +13,7 @@ from hymba.nn.state import KVState, LayerState, Span
 __all__ = [
     "MLP",
     "AttentionHeads",
+    "Collected",
     "HeadNorm",
     "HybridHeads",
     "HymbaBlock",

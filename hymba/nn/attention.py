@@ -15,6 +15,13 @@ from hymba.ops.attention import attention
 from hymba.ops.masks import Visibility
 
 
+class Collected:
+    """Receives attention weights. Not a list: those who move arguments between devices copy lists."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+
 @dataclass
 class SharedKV:
     """Keys and values that a layer attends to, as it hands them to the layers that borrow them.
@@ -132,14 +139,14 @@ class AttentionHeads(nn.Module):
             seen = span.visibility(self.window, prefix=0)
         return SharedKV(k, v, seen, prefix_k, prefix_v)
 
-    def forward(self, q: Tensor, kv: SharedKV, *, span: Span, weights: list[Tensor] | None = None) -> Tensor:
+    def forward(self, q: Tensor, kv: SharedKV, *, span: Span, weights: Collected | None = None) -> Tensor:
         """Attend.
 
         Args:
             q: (b, l, num_heads * head_dim) projected queries.
             kv: from `keys_and_values` of this layer or of the one that it borrows from.
             span: where the tokens stand.
-            weights: a list that receives the attention weights (b, heads, l, m + s), float32.
+            weights: receives the attention weights (b, heads, l, m + s), float32.
 
         Returns:
             (b, l, num_heads * v_head_dim).
@@ -160,7 +167,7 @@ class AttentionHeads(nn.Module):
             implementation=self.implementation,
         )
         if weights is not None and attended is not None:
-            weights.append(attended)
+            weights.tensors.append(attended)
         return out
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hymba.nn.attention import SharedKV
+from hymba.nn.attention import Collected, SharedKV
 from hymba.nn.hybrid import HybridHeads
 from hymba.nn.mlp import MLP
 from hymba.nn.norm import RMSNorm
@@ -48,7 +48,7 @@ class HymbaBlock(nn.Module):
         *,
         span: Span | None = None,
         kv: SharedKV | None = None,
-        weights: list[Tensor] | None = None,
+        weights: Collected | None = None,
     ) -> tuple[Tensor, LayerState, SharedKV]:
         """x: (b, l, hidden_size). Arguments and results are those of `HybridHeads.forward`."""
         mixed, state, kv = self.mixer(self.input_norm(x), state, span=span, kv=kv, weights=weights)

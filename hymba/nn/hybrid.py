@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hymba.nn.attention import AttentionHeads, SharedKV
+from hymba.nn.attention import AttentionHeads, Collected, SharedKV
 from hymba.nn.init import initialise
 from hymba.nn.mamba import MambaHeads
 from hymba.nn.norm import RMSNorm
@@ -89,7 +89,7 @@ class HybridHeads(nn.Module):
         *,
         span: Span | None = None,
         kv: SharedKV | None = None,
-        weights: list[Tensor] | None = None,
+        weights: Collected | None = None,
     ) -> tuple[Tensor, LayerState, SharedKV]:
         """Mix tokens.
 
@@ -99,7 +99,7 @@ class HybridHeads(nn.Module):
                 with it.
             span: where the tokens stand; by default all are real and follow the state.
             kv: keys and values of the lending layer, for a layer that borrows them.
-            weights: a list that receives the attention weights.
+            weights: receives the attention weights.
 
         Returns:
             output (b, l, hidden_size), the new state, and the keys and values attended to.

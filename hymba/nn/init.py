@@ -59,6 +59,7 @@ RULES: tuple[tuple[str, Callable[[Tensor, float], None]], ...] = (
     (".dt_bias", _step_sizes),
     ("dt_proj.weight", _fan_in_uniform),
     ("conv1d.weight", _fan_in_uniform),
+    ("causalconv.weight", _fan_in_uniform),
     ("meta_tokens.weight", _unit_normal),
     ("metatokens.weight", _unit_normal),
     ("norm.weight", _ones),

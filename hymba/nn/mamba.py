@@ -12,6 +12,55 @@ from hymba.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from hymba.ops.selective_scan import selective_scan, selective_state_update
 
 
+class CausalConv(nn.Module):
+    """The depthwise causal convolution and its SiLU.
+
+    A module of its own, called as one, so that whatever hooks modules (offloading, quantisation) sees it used.
+
+    Args:
+        channels: width of input and output. taps: inputs that each output sees.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialise(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        valid: Tensor | None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve.
+
+        Args:
+            x: (b, l, channels).
+            state: (b or 1, taps - 1, channels) inputs before the first; `None` is zeros.
+            lengths, seq_idx: of `hymba.ops.causal_conv1d`.
+            in_place: x is one step, and `state` (b, ...) is overwritten. valid: (b,) bool rows that take it.
+
+        Returns:
+            output (b, l, channels), and the state after it.
+        """
+        weight, bias = self.weight[:, 0], self.bias
+        if in_place:
+            assert state is not None
+            return causal_conv1d_update(state, x[:, 0], weight, bias, valid=valid)[:, None], state
+        return causal_conv1d(x, weight, bias, initial_state=state, lengths=lengths, seq_idx=seq_idx)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, taps={self.weight.shape[2]}"
+
+
 class MambaHeads(nn.Module):
     """Causal convolution, data-dependent step sizes and the selective scan of Mamba-1, gated.
 
@@ -29,7 +78,7 @@ class MambaHeads(nn.Module):
     def __init__(self, *, d_inner: int, d_state: int = 16, d_conv: int = 4, dt_rank: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.d_inner, self.d_state, self.d_conv, self.dt_rank = d_inner, d_state, d_conv, dt_rank
-        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=True)
+        self.conv1d = CausalConv(d_inner, d_conv)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         # The bias is a parameter of its own, added inside the scan, so that adapters on dt_proj take effect.
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=False)
@@ -58,7 +107,6 @@ class MambaHeads(nn.Module):
         state = LayerState() if state is None else state
         lengths = None if span is None else span.lengths
         seq_idx = None if span is None or span.seq_idx is None else span.seq_idx.expand(x.shape[0], -1)
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
         # One token on a state that may be overwritten: no copy of the state.
@@ -67,14 +115,14 @@ class MambaHeads(nn.Module):
         if step:
             assert state.conv is not None and state.ssm is not None
             valid = None if span is None else span.valid
-            u = causal_conv1d_update(state.conv, x[:, 0], weight, bias, valid=valid)[:, None]
+            u, _ = self.conv1d(x, state.conv, valid=valid, in_place=True)
             dt, B, C = self._scan_inputs(u)
             y = selective_state_update(
                 state.ssm, u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], self.dt_bias, valid=valid
             )
             return y[:, None]
 
-        u, conv = causal_conv1d(x, weight, bias, initial_state=state.conv, lengths=lengths, seq_idx=seq_idx)
+        u, conv = self.conv1d(x, state.conv, lengths=lengths, seq_idx=seq_idx)
         dt, B, C = self._scan_inputs(u)
         y, ssm = selective_scan(
             u, dt, A, B, C, self.D, z, self.dt_bias, initial_state=state.ssm, lengths=lengths, seq_idx=seq_idx

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from hymba.ops._checks import no_autocast
 from hymba.ops.masks import Visibility
 
 # Queries per block when the score matrix of all queries would be larger than this many entries per head.
@@ -74,12 +75,13 @@ def _one_query(
         # Products over several rows and strided heads would copy again.
         return x.to(compute) if x.shape[0] == 1 else torch.empty(x.shape, dtype=compute, device=x.device).copy_(x)
 
-    queries = rearrange(q.to(compute), "b 1 (k g) d -> b k g d", g=groups)
-    parts = [(k, v)] if prefix_k is None or prefix_v is None else [(prefix_k, prefix_v), (k, v)]
-    scores = torch.cat([queries @ heads_first(keys).transpose(2, 3) for keys, _ in parts], dim=-1)
-    scores = (scores / math.sqrt(q.shape[-1])).masked_fill_(~mask[:, None], torch.finfo(compute).min)
-    weights = scores.softmax(dim=-1).split([keys.shape[1] for keys, _ in parts], dim=-1)
-    out = sum(w @ heads_first(values) for w, (_, values) in zip(weights, parts, strict=True))
+    with no_autocast(q):
+        queries = rearrange(q.to(compute), "b 1 (k g) d -> b k g d", g=groups)
+        parts = [(k, v)] if prefix_k is None or prefix_v is None else [(prefix_k, prefix_v), (k, v)]
+        scores = torch.cat([queries @ heads_first(keys).transpose(2, 3) for keys, _ in parts], dim=-1)
+        scores = (scores / math.sqrt(q.shape[-1])).masked_fill_(~mask[:, None], torch.finfo(compute).min)
+        weights = scores.softmax(dim=-1).split([keys.shape[1] for keys, _ in parts], dim=-1)
+        out = sum(w @ heads_first(values) for w, (_, values) in zip(weights, parts, strict=True))
     return rearrange(out, "b k g e -> b 1 (k g e)", b=rows).to(v.dtype)
 
 

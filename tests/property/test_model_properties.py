@@ -41,13 +41,15 @@ def test_padded_equals_alone(data: Any, model: Any, ids: Tensor, seed: int, stat
     whole = torch.cat([ids, after], dim=1)
     real = torch.cat([mask, torch.ones_like(after)], dim=1)
     expected = alone(model, whole, real, hidden=True)
+    counted = (real.cumsum(1) - 1).masked_fill(real == 0, int(seed % 50))
     with torch.no_grad():
         at_once = model.model(whole, attention_mask=real, use_cache=False).last_hidden_state
+        placed = model.model(whole, attention_mask=real, position_ids=counted, use_cache=False).last_hidden_state
     sizes = [*cut(length, random.Random(seed)), 1, 1, 1]
     cache = HymbaCache(model.config, max_length=whole.shape[1] if static else None)
     in_chunks = through_cache(model, whole, sizes, mask=real, cache=cache, hidden=True)
     for row in range(rows):
-        for way in (at_once, in_chunks):
+        for way in (at_once, placed, in_chunks):
             assert largest(way[row, real[row] == 1], expected[row]) <= FLOAT64
             assert not way[row, real[row] == 0].any()
 

@@ -157,7 +157,8 @@ def read_files(paths: Iterable[str], patterns: Sequence[str]) -> Iterator[Docume
                 raise CorpusError(f"data.paths: no file in {given} matches data.patterns = {list(patterns)}")
             found = [(PurePosixPath(path.relative_to(root)).as_posix(), path) for path in matches]
         else:
-            raise CorpusError(f"data.paths: {given} does not exist; give files or folders")
+            problem = "is neither a file nor a folder" if root.exists() else "does not exist"
+            raise CorpusError(f"data.paths: {given} {problem}; give files or folders")
         for name, path in found:
             # Two folders may hold the same relative name; the later one is told apart by its folder.
             folder = root.resolve().parent.name if root.is_file() else root.resolve().name

@@ -14,8 +14,8 @@ import typer
 
 from hymba.commands import options as opt
 from hymba.commands.errors import INTERRUPTED, UsageError, report
-from hymba.commands.generate import say, status
 from hymba.commands.models import load, locate
+from hymba.commands.terminal import say, status
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -17,6 +17,7 @@ import typer
 from hymba.commands import options as opt
 from hymba.commands.errors import UsageError
 from hymba.commands.models import load, locate
+from hymba.commands.terminal import progress, say, status
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -152,7 +153,9 @@ def generate(
     else:
         tokens = 0
         with _writer(output_file) as out:
-            for result in _batches(network, tokenizer, settings, prompts, batch_size):
+            # A bar would run into results that go to the same terminal.
+            bar = out is not sys.stdout or not sys.stdout.isatty()
+            for result in _batches(network, tokenizer, settings, prompts, batch_size, bar=bar):
                 tokens += result.tokens
                 headed = prompts_file is not None or sequences > 1
                 out.write(_shown(result, as_json, not no_return_full_text, sequences if headed else 0))
@@ -182,7 +185,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
         raise UsageError(f"--prompts-file {file}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompts-file {file}: not UTF-8 text (byte {error.start}); one prompt a line") from error
-    prompts = [Prompt(line, i) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    prompts = [Prompt(line, i) for i, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise UsageError(f"--prompts-file {file}: no prompt in it; one prompt a line, empty lines do not count")
     return prompts
@@ -236,14 +240,6 @@ def _stream(
     return count
 
 
-def say(text: str) -> None:
-    """Write to stdout at once. In a terminal, control characters that a model writes are shown, not obeyed."""
-    if sys.stdout.isatty():
-        text = "".join(c if c in "\n\t" or c.isprintable() or not c.isascii() else repr(c)[1:-1] for c in text)
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 # Many prompts.
 
 
@@ -253,6 +249,8 @@ def _batches(
     settings: GenerationConfig,
     prompts: list[Prompt],
     size: int,
+    *,
+    bar: bool,
 ) -> Iterator[Result]:
     """Continuations in the order of the prompts."""
     import torch
@@ -260,7 +258,7 @@ def _batches(
     sequences = settings.num_return_sequences or 1
     ends = frozenset(settings.eos_token_id or ())
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    with model.frozen_meta_state(), _progress(len(prompts), shown=len(prompts) > size) as advance:
+    with model.frozen_meta_state(), progress(len(prompts), shown=bar and len(prompts) > size) as advance:
         for first in range(0, len(prompts), size):
             rows = encoded[first : first + size]
             length = max(map(len, rows))
@@ -331,32 +329,3 @@ def _writer(path: Path | None) -> Iterator[TextIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def status(text: str) -> Iterator[None]:
-    """A spinner on a terminal's stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(f"[dim]{text}[/dim]"):
-        yield
-
-
-@contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Any]:
-    """A bar on a terminal's stderr; yields a function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not (shown and console.is_terminal):
-        yield lambda _: None
-        return
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("prompts", total=total)
-        yield lambda n: bar.advance(task, n)

@@ -66,16 +66,24 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _probe_triton() -> str | None:
+    return _triton_refusal(_interpreted())
+
+
+@functools.cache
+def _triton_refusal(interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if _interpreted():
+    if interpreted:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     if torch.version.hip is not None:
         return "written for NVIDIA devices, this is ROCm"
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if oldest < (8, 0):
+        return f"it needs compute capability 8.0 or newer, a device here has {oldest[0]}.{oldest[1]}"
     return None
 
 
@@ -83,8 +91,6 @@ def _triton_serves(call: Call) -> str | None:
     x = call.x
     if not x.is_cuda and not _interpreted():
         return f"the tensors are on {x.device.type!r}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or newer"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; it takes float32, bfloat16 and float16"
     if x.numel() == 0:

@@ -21,6 +21,8 @@ MAX_TAPS = 4
 U = 4 if INTERPRETED else 8
 BD = 8 if INTERPRETED else 128
 STEPS = 8 if INTERPRETED else 128
+# Three warps on each of an SM's four schedulers in backward, without spills.
+MAX_REGISTERS = 168
 NO_SPECIALIZE = ["sx", "sy", "so"]
 
 
@@ -241,14 +243,13 @@ def _backward_kernel(
         tl.store(dw_part + (rows * K + K - 3) * d + ch, dw2, mask=cm)
     if K > 3:
         tl.store(dw_part + (rows * K + K - 4) * d + ch, dw3, mask=cm)
-    if HAS_INIT:
-        if PACKED or part == 0:
-            if K > 1:
-                tl.store(di_part + (rows * (K - 1) + K - 2) * d + ch, q1, mask=cm)
-            if K > 2:
-                tl.store(di_part + (rows * (K - 1) + K - 3) * d + ch, q2, mask=cm)
-            if K > 3:
-                tl.store(di_part + (rows * (K - 1) + K - 4) * d + ch, q3, mask=cm)
+    if HAS_INIT and (PACKED or part == 0):
+        if K > 1:
+            tl.store(di_part + (rows * (K - 1) + K - 2) * d + ch, q1, mask=cm)
+        if K > 2:
+            tl.store(di_part + (rows * (K - 1) + K - 3) * d + ch, q2, mask=cm)
+        if K > 3:
+            tl.store(di_part + (rows * (K - 1) + K - 4) * d + ch, q3, mask=cm)
 
 
 def _arguments(
@@ -256,15 +257,16 @@ def _arguments(
     offset: Tensor | None, silu: bool,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """The vector width, and what both directions pass by name."""
-    (b, l, d), k = x.shape, weight.shape[1]
+    (_, l, d), k = x.shape, weight.shape[1]
     init = None if initial_state is None else initial_state.contiguous()
     vector = 4 if d % 4 == 0 and not INTERPRETED else 1
-    return vector, dict(
+    named: dict[str, Any] = dict(
         weight=weight.t().contiguous(), bias=or_dummy(bias, x), init=or_dummy(init, x), lengths=or_dummy(lengths, x),
         offset=or_dummy(offset, x), si=0 if init is None or init.shape[0] == 1 else (k - 1) * d, l=l, d=d,
         EVEN=d % BD == 0, K=k, U=U, BD=BD, STEPS=STEPS, V=vector, SILU=silu, HAS_BIAS=bias is not None,
         HAS_INIT=init is not None, HAS_LEN=lengths is not None, PACKED=offset is not None, num_warps=1,
     )  # fmt: skip
+    return vector, named
 
 
 def forward(
@@ -304,6 +306,6 @@ def backward(
         di_part = torch.empty(parts if offset is not None else 1, b, k - 1, d, **new)
         _backward_kernel[(triton.cdiv(d, BD), parts, b)](
             x=x, dy=dy, dx=dx, dw_part=dw_part, db_part=db_part, di_part=di_part,
-            **strides(vector, x=x, y=dy, o=dx), **named,
+            **strides(vector, x=x, y=dy, o=dx), maxnreg=MAX_REGISTERS, **named,
         )  # fmt: skip
         return dx, dw_part.sum((0, 1)).t(), db_part.sum((0, 1)), di_part.sum(0)

@@ -9,6 +9,7 @@ of ``chunk`` steps, at whose starts the state is saved for backward.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -122,14 +123,18 @@ def _forward_kernel(
             save = states + (chunk // per_segment).to(tl.int64) * b * N * d + plane
             # Stores to the carry must be seen by whichever thread loads it next.
             tl.debug_barrier()
-            for n in range(N):
-                a2 = tl.load(A2 + n * d + ch, mask=cm, other=0.0)
-                bn = tl.load(Bb + n * lpad + t0)
-                cn = tl.load(Cb + n * lpad + t0)
-                h = tl.load(carry + n * d, mask=cm, other=0.0)
-                if SAVE:
-                    if chunk % per_segment == 0:
-                        tl.store(save + n * d, h, mask=cm)
+            a2 = tl.load(A2 + ch, mask=cm, other=0.0)
+            bn = tl.load(Bb + t0)
+            cn = tl.load(Cb + t0)
+            h = tl.load(carry, mask=cm, other=0.0)
+            for n in tl.range(N, loop_unroll_factor=2):
+                # The next state's values are on their way while this one's are worked on (one row too far at last).
+                a2_next = tl.load(A2 + (n + 1) * d + ch, mask=cm, other=0.0)
+                bn_next = tl.load(Bb + (n + 1) * lpad + t0)
+                cn_next = tl.load(Cb + (n + 1) * lpad + t0)
+                h_next = tl.load(carry + (n + 1) * d, mask=cm, other=0.0)
+                if SAVE and chunk % per_segment == 0:
+                    tl.store(save + n * d, h, mask=cm)
                 if HAS_SEQ:
                     if HAS_H0:
                         h_init = tl.load(h0 + r * s0 + n * d + ch, mask=cm, other=0.0)
@@ -145,6 +150,7 @@ def _forward_kernel(
                     hs = tl.where((t == k)[:, None], h[None, :], hs)
                 acc += hs * cn[:, None]
                 tl.store(carry + n * d, h, mask=cm)
+                a2, bn, cn, h = a2_next, bn_next, cn_next, h_next
             if HAS_Z:
                 zv = tl.load(zb + o * SZL, mask=m, other=0.0).to(tl.float32)
                 acc *= zv * sigmoid(zv)
@@ -161,7 +167,8 @@ def _forward_kernel(
 def _segment_kernel(
     x, dt, Bt, A2, bias, h0, lengths, seq, local, total, alive, sx, sdt, s0, l, lpad, per_segment,
     SXL: tl.constexpr, SDTL: tl.constexpr, d: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
-    BD: tl.constexpr, V: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_LEN: tl.constexpr, HAS_SEQ: tl.constexpr,
+    BD: tl.constexpr, V: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_LEN: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state from a zero start (local), and what it leaves of the state before it.
 
@@ -199,10 +206,13 @@ def _segment_kernel(
                 starts = document_start(seq + r * l, t0 + t, end)
                 kept = tl.where(tl.sum(starts, 0) > 0, 0, kept)
             tl.debug_barrier()
-            for n in range(N):
-                a2 = tl.load(A2 + n * d + ch, mask=cm, other=0.0)
-                bn = tl.load(Bb + n * lpad + t0)
-                h = tl.load(mine + n * d, mask=cm & (c > 0), other=0.0)
+            a2 = tl.load(A2 + ch, mask=cm, other=0.0)
+            bn = tl.load(Bb + t0)
+            h = tl.load(mine, mask=cm & (c > 0), other=0.0)
+            for n in tl.range(N, loop_unroll_factor=2):
+                a2_next = tl.load(A2 + (n + 1) * d + ch, mask=cm, other=0.0)
+                bn_next = tl.load(Bb + (n + 1) * lpad + t0)
+                h_next = tl.load(mine + (n + 1) * d, mask=cm & (c > 0), other=0.0)
                 if HAS_SEQ:
                     if HAS_H0:
                         h_init = tl.load(h0 + r * s0 + n * d + ch, mask=cm, other=0.0)
@@ -215,6 +225,7 @@ def _segment_kernel(
                         h = tl.where(element(starts, t, k) != 0, h_init, h)
                     h = row(decay, t, k) * h + row(drive, t, k)
                 tl.store(mine + n * d, h, mask=cm)
+                a2, bn, h = a2_next, bn_next, h_next
         elif c == 0:
             for n in range(N):
                 tl.store(mine + n * d, tl.zeros([BD], tl.float32), mask=cm)
@@ -266,6 +277,13 @@ class Prepared(NamedTuple):
     flags: dict[str, Any]
 
 
+def padded(*shape: Any) -> Tensor:
+    """float32 (*shape) with one more row behind it: the kernels read one row ahead. The device comes last."""
+    *size, device = shape
+    count = math.prod(size)
+    return torch.empty(count + size[-1], dtype=torch.float32, device=device)[:count].view(size)
+
+
 def prepare(i: ScanInputs) -> Prepared:
     """Transposes and flags, once for forward and once for backward."""
     b, l, d = i.x.shape
@@ -274,8 +292,8 @@ def prepare(i: ScanInputs) -> Prepared:
     A, B, C = i.A.contiguous(), i.B, i.C
     B = B if B.stride(2) == 1 else B.contiguous()
     C = C if C.stride(2) == 1 else C.contiguous()
-    A2 = torch.empty(n, d, dtype=torch.float32, device=i.x.device)
-    Bt, Ct = (torch.empty(b, n, lpad, dtype=torch.float32, device=i.x.device) for _ in range(2))
+    A2 = padded(n, d, i.x.device)
+    Bt, Ct = (padded(b, n, lpad, i.x.device) for _ in range(2))
     block = 64
     _prepare_kernel[(triton.cdiv(max(lpad, d), block), b + 1)](
         A, B, C, or_dummy(i.lengths, A), A2, Bt, Ct, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
@@ -312,8 +330,8 @@ def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = No
             parallel = nseg > 1 and i.x.is_cuda and b * blocks < 3 * _multiprocessors(i.x.device)
         y = torch.empty_like(i.x, memory_format=torch.contiguous_format)
         final = torch.empty(b, d, n, **new)
-        states = torch.empty(nseg if save or parallel else 0, b, n, d, **new)
-        hbuf = torch.empty(nseg if parallel else 1, b, n, d, **new)
+        states = padded(nseg if save or parallel else 0, b, n, d, i.x.device)
+        hbuf = padded(nseg if parallel else 1, b, n, d, i.x.device)
         common = dict(p.flags, T=T_FWD, BD=BD_FWD, V=V, EVEN=d % BD_FWD == 0, num_warps=1)
         bias, h0 = or_dummy(i.dt_bias, i.x), or_dummy(p.h0, i.x)
         lengths, seq = or_dummy(i.lengths, i.x), or_dummy(i.seq_idx, i.x)

@@ -30,18 +30,21 @@ from ._common import (
     softplus,
     strides,
 )
-from .scan import NO_SPECIALIZE, combine_kernel, prepare
+from .scan import NO_SPECIALIZE, combine_kernel, padded, prepare
 
 T = 8
 BD = 4 if INTERPRETED else 64
+# Three warps on each of an SM's four schedulers instead of two, to cover the loads; nothing spills inside the loops.
+MAX_REGISTERS = 168
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZE)
 def _states_kernel(
     x, dt, z, dy, Bt, Ct, A2, D, bias, h0, lengths, seq, states, chunk_states, dz, local, total, alive,
     sx, sdt, sz, sy, so, s0, l, lpad, per_segment, SXL: tl.constexpr, SDTL: tl.constexpr, SZL: tl.constexpr,
-    SYL: tl.constexpr, SOL: tl.constexpr, d: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_LEN: tl.constexpr, HAS_SEQ: tl.constexpr,
+    SYL: tl.constexpr, SOL: tl.constexpr, d: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+    BD: tl.constexpr, V: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_H0: tl.constexpr, HAS_LEN: tl.constexpr, HAS_SEQ: tl.constexpr,
 ):  # fmt: skip
     """Program (channel block, row, segment). chunk_states (chunks, b, n, d) also carries the state along."""
     r = tl.program_id(1).to(tl.int64)
@@ -94,12 +97,18 @@ def _states_kernel(
             carry = chunk_states + chunk * step + plane
             more = (c + 1 < per_segment) & (t0 + T < l)
             tl.debug_barrier()
-            for n in range(N):
-                a2 = tl.load(A2 + n * d + ch, mask=cm, other=0.0)
-                bn = tl.load(Bb + n * lpad + t0)
-                cn = tl.load(Cb + n * lpad + t0)
-                h = tl.load(carry + n * d, mask=cm, other=0.0)
-                back = tl.load(mine + n * d, mask=cm, other=0.0)
+            a2 = tl.load(A2 + ch, mask=cm, other=0.0)
+            bn = tl.load(Bb + t0)
+            cn = tl.load(Cb + t0)
+            h = tl.load(carry, mask=cm, other=0.0)
+            back = tl.load(mine, mask=cm, other=0.0)
+            for n in tl.range(N, loop_unroll_factor=2):
+                # The next state's values are on their way while this one's are worked on (one row too far at last).
+                a2_next = tl.load(A2 + (n + 1) * d + ch, mask=cm, other=0.0)
+                bn_next = tl.load(Bb + (n + 1) * lpad + t0)
+                cn_next = tl.load(Cb + (n + 1) * lpad + t0)
+                h_next = tl.load(carry + (n + 1) * d, mask=cm, other=0.0)
+                back_next = tl.load(mine + (n + 1) * d, mask=cm, other=0.0)
                 left = tl.exp2(sum_dt * a2)
                 if HAS_SEQ:
                     left = tl.where(kept > 0, left, 0.0)
@@ -126,6 +135,7 @@ def _states_kernel(
                     acc += hs * cn[:, None]
                 tl.store(carry + step + n * d, h, mask=cm & more)
                 tl.store(mine + n * d, back, mask=cm)
+                a2, bn, cn, h, back = a2_next, bn_next, cn_next, h_next, back_next
             sum_dt += tl.sum(dtv, 0)
             if HAS_SEQ:
                 kept = tl.where(tl.sum(starts, 0) > 0, 0, kept)
@@ -198,11 +208,13 @@ def _gradient_kernel(
                 starts = document_start(seq + r * l, t0 + t, end)
             started = chunk_states + chunk * step + plane
             tl.debug_barrier()
+            h = tl.load(started, mask=cm, other=0.0)
             for n in range(N):
+                # The one load here that comes from far: under way one state early (one row too far at last).
+                h_next = tl.load(started + (n + 1) * d, mask=cm, other=0.0)
                 a2 = tl.load(A2 + n * d + ch, mask=cm, other=0.0)
                 bn = tl.load(Bb + n * lpad + t0)
                 cn = tl.load(Cb + n * lpad + t0)
-                h = tl.load(started + n * d, mask=cm, other=0.0)
                 back = tl.load(grads + mine + n * d, mask=cm, other=0.0)
                 dA = tl.load(dA_part + mine + n * d, mask=cm & (j > 0), other=0.0)
                 decay = tl.exp2(dtv * a2[None, :])
@@ -239,6 +251,7 @@ def _gradient_kernel(
                 tl.store(dA_part + mine + n * d, dA + tl.sum(w * dtv, 0), mask=cm)
                 if HAS_SEQ and HAS_H0:
                     tl.store(dh0_part + mine + n * d, dh0, mask=cm)
+                h = h_next
             # Loaded again rather than kept: registers are what the loop above is short of.
             xv = tl.load(xb + o * SXL, mask=m, other=0.0).to(tl.float32)
             raw = tl.load(db + o * SDTL, mask=m, other=0.0).to(tl.float32)
@@ -308,20 +321,20 @@ def backward(dy: Tensor | None, dfinal: Tensor | None, i: ScanInputs, states: Te
         dx, ddt = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (i.x, i.dt))
         dz = none if i.z is None else torch.empty_like(i.z, memory_format=torch.contiguous_format)
         dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (i.B, i.C))
-        grads, dA_part = torch.empty(nseg, b, n, d, **new), torch.empty(nseg, b, n, d, **new)
+        grads, dA_part = padded(nseg, b, n, d, i.x.device), torch.empty(nseg, b, n, d, **new)
         packed = i.seq_idx is not None and i.initial_state is not None
         dh0_part = torch.empty(nseg if packed else 0, b, n, d, **new)
         total = torch.empty(nseg, b, d, **new)
         dD_part, dbias_part = torch.empty_like(total), torch.empty_like(total)
         alive = torch.empty(nseg, b, dtype=torch.int32, device=i.x.device)
         dh0 = torch.empty(b, n, d, **new)
-        chunk_states = torch.empty(-(-l // T), b, n, d, **new)
+        chunk_states = padded(-(-l // T), b, n, d, i.x.device)
         zz = i.x if i.z is None else i.z
         pointers = (i.x, i.dt, zz, dy, p.Bt, p.Ct, p.A2, or_dummy(i.D, i.x), or_dummy(i.dt_bias, i.x),
                     or_dummy(p.h0, i.x), or_dummy(i.lengths, i.x), or_dummy(i.seq_idx, i.x))  # fmt: skip
         common = dict(
             p.flags, T=T, BD=BD, V=V, EVEN=d % BD == 0, HAS_D=i.D is not None, HAS_Z=i.z is not None,
-            per_segment=per_segment, num_warps=1, **strides(V, x=i.x, dt=i.dt, z=zz, y=dy, o=dx),
+            per_segment=per_segment, num_warps=1, maxnreg=MAX_REGISTERS, **strides(V, x=i.x, dt=i.dt, z=zz, y=dy, o=dx),
         )  # fmt: skip
         _states_kernel[(blocks, b, nseg)](
             *pointers, states, chunk_states, i.x if i.z is None else dz, grads, total, alive, **common,

@@ -1,0 +1,100 @@
+"""Compile every kernel launch of the package for a GPU that need not be there, and print what each one uses.
+
+    python tests/ops/compile_kernels.py 90 [--quick]
+
+The wrappers run on small CPU tensors whose strides are those of the release, and every launch stops after ptxas. Says
+nothing about values, which the interpreter's tests hold; it finds what only the compiler refuses, and spills.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+from triton.runtime import driver as drivers
+
+from hymba.ops.scan_inputs import ScanInputs
+from hymba.ops.triton import conv, decode, scan, scan_backward
+
+
+class _Absent:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of stack, bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        path = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([path, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def main(capability: int, quick: bool) -> None:
+    drivers.set_active(_Absent(capability))
+    seen: set[str] = set()
+
+    def compile_only(self: JITFunction, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                registers, stack, shared = usage(kernel.asm["cubin"])
+                module = self.fn.__module__.rpartition(".")[2]
+                print(f"{module:14} {self.fn.__name__:18} {registers:4} registers {stack:5} stack {shared:6} shared")
+
+        return launch
+
+    JITFunction.__getitem__ = compile_only
+    b, l, d, n, k = 2, 32, 3200, 16, 4
+    for dtype, rich, packed in (
+        [(torch.bfloat16, True, False)]
+        if quick
+        else product((torch.bfloat16, torch.float32), (True, False), (False, True))
+    ):
+        projected = torch.zeros(b, l, 2 * d + 64, dtype=dtype)
+        x, z = projected[..., :d], projected[..., d : 2 * d]
+        dt, small = torch.zeros(b, l, d, dtype=dtype), torch.zeros(b, l, n, dtype=dtype)
+        vector, state = torch.zeros(d), torch.zeros(b, d, n)
+        lengths = torch.full((b,), l) if rich else None
+        seq = torch.zeros(b, l, dtype=torch.int32) if packed else None
+        options = (vector, z, vector, state, lengths) if rich else (None,) * 5
+        inputs = ScanInputs(x, dt, torch.zeros(d, n), small, small, *options, seq)
+        for parallel in (False, True):
+            scan.forward(inputs, 256, True, parallel=parallel)
+        scan_backward.backward(dt, state, inputs, torch.zeros(1, b, n, d), 256)
+        init = torch.zeros(b, k - 1, d, dtype=dtype) if rich else None
+        arguments = (x, torch.zeros(d, k), vector if rich else None, init, lengths, seq, True)
+        conv.forward(*arguments)
+        conv.backward(dt, *arguments)
+        valid = torch.ones(b, dtype=torch.bool) if rich else None
+        decode.conv_update(torch.zeros(b, k - 1, d, dtype=dtype), x[:, 0], arguments[1], arguments[2], valid, True)
+        gate, bias = (z[:, 0], vector) if rich else (None, None)
+        decode.state_update(state, x[:, 0], dt[:, 0], inputs.A, small[:, 0], small[:, 0], inputs.D, gate, bias, valid)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "--quick" in sys.argv)

@@ -11,12 +11,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once, unsaved.
+
+    Several processes stop at the same step, the next one that is logged.
 
     Use as a context manager around ``trainer.train()``; handlers are put back on leaving. Signals reach the main
     thread only, so elsewhere this does nothing.
@@ -50,10 +53,20 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.received is not None:
+        if self._agreed(args, state):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def _agreed(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether any process received a signal. Processes ask each other at log steps only: it makes them wait."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.received is not None
+        if state.global_step % args.logging_steps:
+            return False
+        flag = torch.tensor(int(self.received is not None), device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
 
 class Meter(TrainerCallback):

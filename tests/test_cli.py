@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -357,7 +358,8 @@ class Recorder:
         self.settings = settings
         if content == "stop":
             return SimpleNamespace(finish="interrupted", tokens=[1], prompt_tokens=1)
-        on_text("ok")
+        for piece in (" ", " ok", " then"):
+            on_text(piece)
         return SimpleNamespace(finish="end", tokens=[1], prompt_tokens=1)
 
     def reset(self) -> None:
@@ -427,6 +429,8 @@ def test_a_terminal_goes_on_after_errors_and_interrupts(
     chat_command._talk(chat, None, "first", stats=True)
     assert [content for _, content in chat.sent] == ["first", "hi", "stop"]
     shown = capsys.readouterr()
+    # The space that a tokenizer puts before a first word is no part of the answer.
+    assert "\nok then\n" in shown.out
     assert "> first" in shown.out
     assert "/nope is not a command" in shown.err
     assert "(Ctrl-C again, Ctrl-D or /quit to leave)" in shown.err
@@ -537,3 +541,28 @@ def test_control_characters_are_shown_in_a_terminal(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdout", out)
     say("a\x1b[31m\n\té\x9b")
     assert written == ["a\\x1b[31m\n\té\\x9b"]
+
+
+def test_spinner_and_bar_only_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hymba.commands.terminal import progress, status
+
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        with status("loading [a]"):
+            pass
+        with progress(3, shown=True) as advance:
+            advance(2)
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert ("loading [a]" in shown.err) == ("2/3" in shown.err) == terminal
+
+
+def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["hymba", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hymba", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("hymba 0.")

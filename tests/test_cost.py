@@ -86,21 +86,33 @@ def test_cache_bytes_of_the_release() -> None:
     assert cache_bytes(RELEASE, 8192, batch=4).meta_kv == held.meta_kv
 
 
-def test_matrix_flops_are_those_that_torch_counts(config: HymbaConfig) -> None:
-    """One decoding step: its matrix products are all that torch's counter sees."""
+def test_projections_cost_what_torch_counts(config: HymbaConfig) -> None:
+    """One decoding step: every matrix product outside of attention, counted by torch."""
     model = HymbaForCausalLM(config).eval()
-    length = 20  # past the window: a ring that is not full yet is attended to with its empty slots masked
     cache = HymbaCache(config)
     with torch.no_grad():
-        model(torch.randint(0, config.vocab_size, (1, length)), past_key_values=cache)
+        model(torch.randint(0, config.vocab_size, (1, 20)), past_key_values=cache)
         with FlopCounterMode(display=False) as counter:
             model(torch.tensor([[1]]), past_key_values=cache)
-    flops = flops_per_token(config, length)
+    counted = counter.get_flop_counts()["Global"]
+    flops = flops_per_token(config, 20)
     inner, rank, state = config.d_inner, int(config.mamba_dt_rank), config.mamba_d_state
     products = 2 * config.num_hidden_layers * inner * (2 * rank + 2 * state)
-    assert counter.get_total_flops() == flops.total - flops.mamba + products
+    linear = sum(counted.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert linear == flops.projections + flops.mlp + flops.head + products
     # The rest of the Mamba heads is the convolution and the scan: 7 per channel and state, 4 per channel.
     assert flops.mamba - products == config.num_hidden_layers * inner * (2 * config.mamba_d_conv + 7 * state + 4)
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 9, 20])
+def test_attention_costs_two_products_for_each_visible_key(config: HymbaConfig, length: int) -> None:
+    model = HymbaForCausalLM(config).eval()
+    with torch.no_grad():
+        ids = torch.randint(0, config.vocab_size, (1, length + 1))
+        weights = model(ids, use_cache=False, output_attentions=True).attentions
+    seen = sum(int((layer[0, :, -1] > 0).sum()) for layer in weights)
+    widths = config.head_dim + config.v_head_dim
+    assert flops_per_token(config, length).attention == 2 * seen * widths
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 10, 40])

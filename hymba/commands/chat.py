@@ -157,7 +157,7 @@ def _turn(conversation: Conversation, settings: GenerationConfig, line: str, sta
             f"{command} is not a command.{nearest(command, names)} Allowed: {', '.join(names)}; // starts a turn with /"
         )
     started = time.perf_counter()
-    reply = conversation.send(line, role=role, on_text=say, settings=settings)
+    reply = conversation.send(line, role=role, on_text=_Answer().say, settings=settings)
     say("\n")
     seconds = time.perf_counter() - started
     if reply.finish == "interrupted":
@@ -176,6 +176,17 @@ def _turn(conversation: Conversation, settings: GenerationConfig, line: str, sta
             err=True,
         )
     return True
+
+
+class _Answer:
+    """Prints an answer without the white space that it may begin with."""
+
+    begun = False
+
+    def say(self, text: str) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        say(text)
 
 
 def _turns(first: str | None, interactive: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ A `config.json` as published loads untouched; what the library does not read is 
 
 from __future__ import annotations
 
+import contextvars
 import difflib
 import functools
 import json
@@ -49,6 +50,10 @@ ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 _ROPE_TYPES = ("default", "ntk", None)
 _QK_NORMS = ("none", "rms", "perhead-rms", None)
 _MLP_ACTIVATIONS = ("silu", "relu2")
+
+
+KEYS_REPORTED: contextvars.ContextVar[bool] = contextvars.ContextVar("keys_reported", default=False)
+"""Set while a `config.json` is read again whose unknown keys have been warned of."""
 
 
 class ConfigError(ValueError):
@@ -304,7 +309,7 @@ class HymbaConfig(PreTrainedConfig):
         kept: dict[str, Any] = {}
         for key, value in config_dict.items():
             (known if key in fields or key in _TRANSFORMERS_KEYS else kept)[key] = value
-        if kept:
+        if kept and not KEYS_REPORTED.get():
             logger.warning(
                 f"config.json has keys that HymbaConfig does not know: {', '.join(sorted(kept))}. "
                 "They are not read, and are kept when the configuration is saved."

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from hymba import hub
-from hymba.config import HymbaConfig, nearest
+from hymba import hub, saving
+from hymba.config import KEYS_REPORTED, HymbaConfig, nearest
 
 _on_hub_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda path: False)
 
@@ -103,6 +103,7 @@ class CheckpointMixin:
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             location = {name: kwargs[name] for name in names if kwargs.get(name) not in (None, False, "")}
+            _finish_save(pretrained_model_name_or_path, kwargs.get("subfolder"))
             if not isinstance(config, HymbaConfig):
                 fields = set(HymbaConfig.__dataclass_fields__) - {"dtype"}
                 overrides = {k: v for k, v in kwargs.items() if k in fields}
@@ -121,17 +122,34 @@ class CheckpointMixin:
                 if files.keep_dtypes and files.codes:
                     kwargs.pop("torch_dtype", None)
                     kwargs["dtype"] = functools.reduce(torch.promote_types, map(hub.torch_dtype, files.codes.values()))
-        token = _FILES.set(files)
+        token, reported = _FILES.set(files), KEYS_REPORTED.set(True)
         try:
             model, *rest = _as_tuple(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))  # type: ignore[misc]
         finally:
             _FILES.reset(token)
+            KEYS_REPORTED.reset(reported)
         hub.scan_for_nan(model)
         generation = getattr(model, "generation_config", None)
         if generation is not None and generation.use_cache is False:
             # The release's file says so, and with it every step would recompute the whole sequence.
             generation.use_cache = True
         return (model, *rest) if rest else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained` with the released names, all or nothing (`hymba.saving`).
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+            OSError: it cannot be written, or the disk is full; the checkpoint that it held is as it was.
+        """
+        if kwargs.get("distributed_checkpoint"):
+            # Every process writes a part of one checkpoint, at its own pace.
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with saving.replacing(save_directory) as writing:
+            super().save_pretrained(writing, *args, **kwargs)  # type: ignore[misc]
 
     def post_init(self) -> None:
         """Hold the model that is being built for a checkpoint to its files, before a tensor is allocated.
@@ -208,6 +226,19 @@ class CheckpointMixin:
         if files.bare:
             expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
         hub.check_checkpoint(files.headers, expected, optional=optional)
+
+
+def _finish_save(name_or_path: str | os.PathLike[str], subfolder: str | None) -> None:
+    """Complete a save that was interrupted while its files moved into place."""
+    folder = Path(name_or_path, subfolder or "")
+    if folder.is_dir():
+        try:
+            saving.finish(folder)
+        except OSError as error:
+            raise hub.CheckpointError(
+                f"{folder} holds a save that was interrupted when it was complete but for moving its files, and they "
+                f"cannot be moved now ({error}); make the folder writable and load it again"
+            ) from error
 
 
 def _as_tuple(result: Any) -> tuple[Any, ...]:

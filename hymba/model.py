@@ -142,21 +142,30 @@ class HymbaModel(HymbaPreTrainedModel):
 
     # Meta tokens.
 
-    def meta_state(self) -> list[LayerState]:
+    def meta_state(self, device: torch.device | None = None) -> list[LayerState]:
         """The state of every layer after the meta tokens, batch 1, with gradients to meta tokens and weights.
 
         Computed from the current weights at each call; inside `frozen_meta_state()` once, unless gradients are on.
+
+        Args:
+            device: where the text is, for autocast's sake; by default where the meta tokens are.
         """
         if self.meta_tokens is None:
             return [LayerState() for _ in self.layers]
         if self._frozen is None or torch.is_grad_enabled():
-            return run_prefix(self.layers, self.meta_tokens(), lenders=self.lenders)[0]
-        tokens = self.meta_tokens()
-        device = tokens.device.type
-        key = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            return self._run_meta_tokens()
+        kind = (self.meta_tokens.weight.device if device is None else device).type
+        key = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if key not in self._frozen:
-            self._frozen[key] = run_prefix(self.layers, tokens, lenders=self.lenders)[0]
+            self._frozen[key] = self._run_meta_tokens()
         return self._frozen[key]
+
+    def _run_meta_tokens(self) -> list[LayerState]:
+        assert self.meta_tokens is not None
+        tokens, dtype = self.meta_tokens(), self.embed_tokens.weight.dtype
+        # As wide as text, should the file hold them in another dtype.
+        tokens = tokens.to(dtype) if dtype.is_floating_point else tokens
+        return run_prefix(self.layers, tokens, lenders=self.lenders)[0]
 
     @contextlib.contextmanager
     def frozen_meta_state(self) -> Iterator[None]:
@@ -254,7 +263,7 @@ class HymbaModel(HymbaPreTrainedModel):
         lengths = None if compaction is None else compaction.lengths
 
         span = self._span(cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q)
-        states = self._start(cache, rows)
+        states = self._start(cache, rows, device)
         if cache is not None:
             cache._interrupted = True
         x, hidden, weights = self._run(inputs_embeds, states, span, cache, output_hidden_states, output_attentions)
@@ -327,11 +336,11 @@ class HymbaModel(HymbaPreTrainedModel):
                 f"{expected.tolist()}; leave them out, or set use_cache=False for packed documents"
             )
 
-    def _start(self, cache: HymbaCache | None, rows: int) -> list[LayerState]:
+    def _start(self, cache: HymbaCache | None, rows: int, device: torch.device) -> list[LayerState]:
         if cache is None:
-            return self.meta_state()
+            return self.meta_state(device)
         if not cache.started:
-            meta = self.meta_state()
+            meta = self.meta_state(device)
             cache.begin(meta, rows)
             if torch.is_grad_enabled():
                 return cache.functional(meta)

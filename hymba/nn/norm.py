@@ -10,9 +10,12 @@ from hymba.nn.init import initialise
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension: float32 inside, cast back, then the weight."""
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension: float32 inside, cast back, then the weight.
+
+    Returns `x.dtype`, also when a file holds the weight in a wider one.
+    """
     # PyTorch computes it in float32 for narrower inputs; its own weight would be applied before the cast.
-    return F.rms_norm(x, (x.shape[-1],), None, eps) * weight
+    return (F.rms_norm(x, (x.shape[-1],), None, eps) * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

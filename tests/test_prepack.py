@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,13 @@ from helpers import build, gradients, largest, randomise, some_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny_checkpoint import tiny_checkpoint
 from tolerances import BFLOAT16
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from hymba import HymbaCache
+from hymba.cli import app
 from hymba.ops import prepack
 from hymba.ops.prepack import Prepacked, bit_sums, prepacked_linears
 
@@ -403,6 +407,25 @@ def test_without_the_private_names(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(mine) == 1 and message in mine[0]
         assert packed.layers == 0 and message in (packed.reason or "")
         assert_same(found, want)
+
+
+@pytest.mark.parametrize(("command", "text"), [(["generate", "def "], ""), (["chat"], "hello\n")], ids=str)
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], text: str) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    packed: list[Any] = []
+    real = prepacked_linears
+    monkeypatch.setattr(prepack, "prepacked_linears", lambda model: packed.append(model.dtype) or real(model))
+
+    def run(*options: str) -> Any:
+        arguments = [*command, "--model", str(folder), "--max-new-tokens", "5", "--device", "cpu", *options]
+        return CliRunner().invoke(app, arguments, input=text)
+
+    plain, done = run("--dtype", "bfloat16"), run("--dtype", "bfloat16", "--prepack")
+    assert plain.exit_code == done.exit_code == 0, done.output
+    assert packed == [torch.bfloat16]
+    assert done.stdout.strip()
+    wrong = run("--dtype", "float32", "--prepack")
+    assert wrong.exit_code == 2 and "--prepack: the weights are float32 on cpu" in wrong.stderr
 
 
 @given(

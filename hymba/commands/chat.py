@@ -14,7 +14,7 @@ import typer
 
 from hymba.commands import options as opt
 from hymba.commands.errors import INTERRUPTED, UsageError, report
-from hymba.commands.models import load, locate
+from hymba.commands.models import load, locate, packed
 from hymba.commands.terminal import say, status
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def chat(
     revision: opt.Revision = None,
     dtype: opt.ModelDType = opt.DType.auto,
     device: opt.Device = "auto",
+    prepack: opt.Prepack = False,
     max_new_tokens: opt.MaxNewTokens = 256,
     repetition_penalty: opt.RepetitionPenalty = None,
     no_repeat_ngram_size: opt.NoRepeatNgramSize = None,
@@ -113,7 +114,7 @@ def chat(
     if sys.stdin.isatty():
         typer.secho(f"{name}; /help lists the commands", dim=True, err=True)
     # The weights stay as they are, so that a new conversation need not run the meta tokens again.
-    with network.frozen_meta_state():
+    with packed(network, prepack), network.frozen_meta_state():
         _talk(conversation, settings, prompt, stats)
 
 

@@ -16,7 +16,7 @@ import typer
 
 from hymba.commands import options as opt
 from hymba.commands.errors import UsageError
-from hymba.commands.models import load, locate
+from hymba.commands.models import load, locate, packed
 from hymba.commands.terminal import progress, say, status
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def generate(
     revision: opt.Revision = None,
     dtype: opt.ModelDType = opt.DType.auto,
     device: opt.Device = "auto",
+    prepack: opt.Prepack = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -146,23 +147,24 @@ def generate(
     if seed is not None:
         set_seed(seed)
 
-    started = time.perf_counter()
     alone = prompt is not None and sequences == 1 and beams == 1
-    if alone and not as_json and output_file is None:
-        tokens = _stream(network, tokenizer, settings, prompts[0], not no_return_full_text)
-    else:
-        tokens = 0
-        with _writer(output_file) as out:
-            # A bar would run into results that go to the same terminal.
-            bar = out is not sys.stdout or not sys.stdout.isatty()
-            for result in _batches(network, tokenizer, settings, prompts, batch_size, bar=bar):
-                tokens += result.tokens
-                headed = prompts_file is not None or sequences > 1
-                out.write(_shown(result, as_json, not no_return_full_text, sequences if headed else 0))
-                out.flush()
-    if stats:
-        seconds = time.perf_counter() - started
-        typer.echo(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", err=True)
+    with packed(network, prepack):
+        started = time.perf_counter()
+        if alone and not as_json and output_file is None:
+            tokens = _stream(network, tokenizer, settings, prompts[0], not no_return_full_text)
+        else:
+            tokens = 0
+            with _writer(output_file) as out:
+                # A bar would run into results that go to the same terminal.
+                bar = out is not sys.stdout or not sys.stdout.isatty()
+                for result in _batches(network, tokenizer, settings, prompts, batch_size, bar=bar):
+                    tokens += result.tokens
+                    headed = prompts_file is not None or sequences > 1
+                    out.write(_shown(result, as_json, not no_return_full_text, sequences if headed else 0))
+                    out.flush()
+        if stats:
+            seconds = time.perf_counter() - started
+            typer.echo(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", err=True)
 
 
 # Input.

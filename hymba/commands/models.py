@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +105,28 @@ def load(
     keywords = {} if revision is None else {"revision": revision}
     model = HymbaForCausalLM.from_pretrained(name, dtype=dtype, **keywords)
     return model.to(where).eval(), tokenizer
+
+
+@contextmanager
+def packed(model: HymbaForCausalLM, wanted: bool) -> Iterator[None]:
+    """`--prepack`: linear layers read packed copies inside the scope.
+
+    Raises:
+        UsageError: there is nothing to pack. Where this machine cannot pack, a warning says so instead.
+    """
+    if not wanted:
+        yield
+        return
+    from hymba.ops.prepack import prepacked_linears
+
+    with prepacked_linears(model) as report:
+        if not report.layers and report.reason is None:
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"--prepack: the weights are {dtype} on {model.device.type}; it packs bfloat16 and float16 on the CPU "
+                "(--dtype bfloat16 --device cpu)"
+            )
+        yield
 
 
 def _device(name: str) -> str:

@@ -50,6 +50,14 @@ Device = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto (CUDA when there is one), cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL),
 ]
+Prepack = Annotated[
+    bool,
+    typer.Option(
+        "--prepack",
+        help="Read packed copies of the weights: 16-bit decoding on a CPU is faster and takes twice the memory.",
+        rich_help_panel=_MODEL,
+    ),
+]
 CacheKind = Annotated[
     CacheImplementation,
     typer.Option(

@@ -3,17 +3,16 @@
 A `config.json` as published loads untouched; what the library does not read is kept and written back.
 """
 
-from __future__ import annotations
-
 import contextvars
 import difflib
 import functools
 import json
 import math
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -107,8 +106,8 @@ class HymbaConfig(PreTrainedConfig):
     num_key_value_heads: int | None = 5
     hidden_act: str = "silu"
     mlp_hidden_act: str = "silu"
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
@@ -242,6 +241,9 @@ class HymbaConfig(PreTrainedConfig):
             refuse("num_memory_tokens", "integers from 0")
         if self.sliding_window is not None and self.sliding_window < 1:
             refuse("sliding_window", "integers from 1, or null for no window")
+        for field in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, field) > 0:
+                refuse(field, "numbers above 0")
         if not 0 <= self.attention_dropout < 1:
             refuse("attention_dropout", "numbers from 0 to below 1")
 
@@ -370,6 +372,14 @@ def _plain_errors(init: Any) -> Any:
     def wrapped(self: HymbaConfig, *args: Any, **kwargs: Any) -> None:
         try:
             init(self, *args, **kwargs)
+        except StrictDataclassFieldValidationError as error:
+            named = re.search(r"field '(\w+)'", str(error))
+            field = named[1] if named else ""
+            if field not in HymbaConfig.__annotations__:
+                raise ConfigError(str(error)) from error
+            wanted = str(getattr(HymbaConfig.__annotations__[field], "__name__", HymbaConfig.__annotations__[field]))
+            wanted = wanted.replace("None", "null").replace(" | ", " or ")
+            raise ConfigError(f"{field}={kwargs.get(field)!r} has the wrong type; allowed: {wanted}") from None
         except StrictDataclassError as error:
             cause = error.__cause__
             if isinstance(cause, ValueError):

@@ -98,6 +98,8 @@ class HymbaModel(HymbaPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: HymbaConfig) -> None:
+        # Fields may have been assigned since the configuration was made.
+        config.validate_architecture()
         super().__init__(config)
         specs = config.layers
         self.lenders = tuple(spec.kv_from for spec in specs)

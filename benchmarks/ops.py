@@ -1,0 +1,247 @@
+"""The sequence ops: selective scan and causal convolution, forward and backward, against their floors.
+
+    python -m benchmarks.ops                        # the released widths, 8 x 8192, bf16, on the GPU
+    python -m benchmarks.ops --sweep                # the same with other tiles and register limits
+    python -m benchmarks.ops --device cpu --batch 16 --length 256 --channels 320 --dtype float32
+
+Checks every backend first, values and every gradient, against the float64 reference on a small case of the same
+width; prints no number for one that fails. Where mamba-ssm is installed, its CUDA scan runs in the same process.
+
+The floors: bytes that must move (each input read once, each output written once) over a measured copy bandwidth, and
+for the scan one exponential per step, channel and state, in backward a second one, over 16 per clock and SM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import copy_bandwidth, report, spread, times
+from hymba.ops import available, causal_conv1d, selective_scan
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+"""||got - want|| / ||want|| of outputs and gradients against float64."""
+
+
+def scan_inputs(b: int, l: int, d: int, n: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Random inputs in the shapes and ranges that the model gives them; x and z are slices of one projection."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, z = normal(b, l, 2 * d).chunk(2, -1)
+    A = -torch.arange(1.0, n + 1, device=device).repeat(d, 1)
+    named = {"x": x, "dt": normal(b, l, d), "A": A, "B": normal(b, l, n), "C": normal(b, l, n)}
+    named |= {"D": torch.randn(d, device=device), "z": z, "dt_bias": torch.randn(d, device=device) - 3}
+    return named | {"initial_state": torch.randn(1, d, n, device=device)}
+
+
+def conv_inputs(b: int, l: int, d: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    x = torch.randn(b, l, 2 * d, device=device, dtype=dtype)[..., :d]
+    weight, bias = torch.randn(d, 4, device=device), torch.randn(d, device=device)
+    state = torch.randn(1, 3, d, device=device, dtype=dtype)
+    return {"x": x, "weight": weight, "bias": bias, "initial_state": state}
+
+
+def gradients(op: Callable[..., Any], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Both outputs and the gradient of every input, under weights that depend on nothing but the shapes."""
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    y, final = op(**leaves, **options)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(v.shape, generator=generator).to(v) for v in (y, final)]
+    grads = torch.autograd.grad((y, final), list(leaves.values()), weights)
+    return {"y": y, "final_state": final} | dict(zip(leaves, grads, strict=True))
+
+
+def worst_error(op: Callable[..., Any], inputs: dict[str, Tensor], backend: str, **options: Any) -> float:
+    """Largest relative error over outputs and gradients, against the reference in float64."""
+    got = gradients(op, inputs, backend=backend, **options)
+    want = gradients(op, {k: v.double() for k, v in inputs.items()}, backend="reference", **options)
+    errors = [((got[k].double() - v).norm() / v.norm()).item() for k, v in want.items()]
+    return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def check(op: Callable[..., Any], make: Callable[[int, int], dict[str, Tensor]], backend: str) -> float:
+    """The worst error over plain, padded and packed rows; 300 steps cross a segment and end inside a chunk."""
+    worst = 0.0
+    for lengths, packed in ((False, False), (True, False), (False, True), (True, True)):
+        inputs = make(2, 300)
+        device = inputs["x"].device
+        options: dict[str, Any] = {}
+        if lengths:
+            options["lengths"] = torch.tensor([300, 157], device=device)
+        if packed:
+            options["seq_idx"] = (torch.arange(300, device=device) // 41).int().expand(2, 300).contiguous()
+        error = worst_error(op, inputs, backend, **options)
+        worst = error if error != error else max(worst, error)
+    return worst
+
+
+def measure(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Seconds: median, 10th and 90th percentile."""
+    if device == "cuda":
+        return spread(times(run))
+    run()
+    samples = []
+    for _ in range(7):
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return spread(samples)
+
+
+def time_op(op: Callable[..., Any], inputs: dict[str, Tensor], device: str, **options: Any) -> dict[str, Any]:
+    """Forward without gradients, and backward alone from a graph that is kept."""
+    with torch.no_grad():
+        forward = measure(lambda: op(**inputs, **options), device)
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    y, _ = op(**leaves, **options)
+    dy = torch.randn_like(y)
+    backward = measure(lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True), device)
+    return {"forward": forward, "backward": backward}
+
+
+def mamba_ssm_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """mamba-ssm's CUDA scan on (batch, channels, length) inputs, transposed outside the timed region."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError:
+        return None
+
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Any:
+        y = selective_scan_fn(x, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True)
+        return y, None
+
+    return run
+
+
+@contextmanager
+def tiles(**values: Any) -> Iterator[None]:
+    """Other tile sizes and register limits for the kernels: module constants by name, as scan__BD_FWD=64."""
+    from hymba.ops.triton import conv, scan, scan_backward
+
+    modules = {"scan": scan, "scan_backward": scan_backward, "conv": conv}
+    before = {}
+    for key, value in values.items():
+        module, name = key.split("__")
+        before[key] = getattr(modules[module], name)
+        setattr(modules[module], name, value)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            module, name = key.split("__")
+            setattr(modules[module], name, value)
+
+
+SWEEP: list[dict[str, Any]] = [
+    {},
+    {"scan__T_FWD": 8, "scan__BD_FWD": 64},
+    {"scan__T_FWD": 8, "scan__BD_FWD": 32},
+    {"scan_backward__MAX_REGISTERS": None},
+    {"scan_backward__MAX_REGISTERS": 128},
+    {"scan_backward__MAX_REGISTERS": 200},
+    {"scan_backward__BD": 32},
+    {"scan_backward__BD": 128},
+    {"conv__U": 4},
+    {"conv__BD": 256},
+    {"conv__STEPS": 64},
+    {"conv__STEPS": 256},
+    {"conv__MAX_REGISTERS": 128},
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    for name, value in (("batch", 8), ("length", 8192), ("channels", 3200), ("states", 16)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--backends", nargs="*", help="default: every usable one but the reference")
+    parser.add_argument("--sweep", action="store_true", help="also time other tiles and register limits")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: --device cpu measures the CPU path", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    b, l, d, n, device, dtype = (
+        args.batch, args.length, args.channels, args.states, args.device, getattr(torch, args.dtype)
+    )  # fmt: skip
+
+    def scan_case(rows: int, steps: int) -> dict[str, Tensor]:
+        return scan_inputs(rows, steps, d, n, dtype, device)
+
+    def conv_case(rows: int, steps: int) -> dict[str, Tensor]:
+        return conv_inputs(rows, steps, d, dtype, device)
+
+    cases = {"selective_scan": (selective_scan, scan_case), "causal_conv1d": (causal_conv1d, conv_case)}
+    plane = b * l * d * dtype.itemsize
+    moved = {  # planes of (b, l, d): read x dt z, write y; read x dt z dy, write dx ddt dz; the conv has no dt and z
+        "selective_scan": {"forward": 4 * plane, "backward": 7 * plane},
+        "causal_conv1d": {"forward": 2 * plane, "backward": 3 * plane},
+    }
+    facts: dict[str, Any] = {"batch": b, "length": l, "channels": d, "states": n, "dtype": args.dtype}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        clock = getattr(properties, "clock_rate", 1_980_000) * 1e3
+        facts["copy_bytes_per_second"] = copy_bandwidth()
+        facts["exponentials_per_second"] = 16 * properties.multi_processor_count * clock
+    rows: list[dict[str, Any]] = []
+    failed = False
+
+    def add(name: str, backend: str, variant: dict[str, Any]) -> None:
+        nonlocal failed
+        op, make = cases[name]
+        error = check(op, make, backend)
+        row: dict[str, Any] = {"op": name, "backend": backend, "variant": variant, "worst_error": error}
+        if error < TOLERANCE[dtype]:
+            row |= time_op(op, make(b, l), device, backend=backend)
+            row["tokens_per_second"] = b * l / (row["forward"]["median"] + row["backward"]["median"])
+            print_row(row)
+        else:
+            failed = True
+            print(f"{name} {backend} {variant}: WRONG, relative error {error:.1e}", flush=True)
+        rows.append(row)
+
+    def print_row(row: dict[str, Any]) -> None:
+        line = f"{row['op']:15} {row['backend']:9} "
+        for way in ("forward", "backward"):
+            line += f"{way} {1e3 * row[way]['median']:8.3f} ms "
+            if device == "cuda":
+                floor = moved[row["op"]][way] / facts["copy_bytes_per_second"]
+                line += f"(bytes {1e3 * floor:.2f}) "
+        print(f"{line} error {row.get('worst_error', float('nan')):.0e} {row['variant'] or ''}", flush=True)
+
+    for name in cases:
+        usable = [r.backend for r in available() if r.op == name and r.usable and r.backend != "reference"]
+        if device == "cpu":
+            usable = [r for r in usable if r == "torch"]
+        for backend in args.backends or usable:
+            if backend in usable:
+                add(name, backend, {})
+    if device == "cuda" and (peer := mamba_ssm_scan()) is not None:
+        inputs = scan_case(b, l)
+        del inputs["initial_state"]  # it takes none
+        inputs = {k: v.mT.contiguous() if v.dim() == 3 else v for k, v in inputs.items()}
+        row = {"op": "selective_scan", "backend": "mamba_ssm", "variant": {}} | time_op(peer, inputs, device)
+        print_row(row)
+        rows.append(row)
+    if args.sweep and device == "cuda":
+        for variant in SWEEP[1:]:
+            with tiles(**variant):
+                add("causal_conv1d" if "conv__" in str(variant) else "selective_scan", "triton", variant)
+    if device == "cuda":
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated()
+    report("ops", rows, **facts)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

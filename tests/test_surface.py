@@ -450,7 +450,6 @@ def test_layers_on_two_devices() -> None:
 # Compilation.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_whole(training: bool) -> None:
     """One graph, without a cache: the forward has no host sync and no control flow on values."""

@@ -301,7 +301,7 @@ def backward(
         x, dy = channels_last(x, vector), channels_last(dy, vector)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         parts = triton.cdiv(l, STEPS)
-        new = {"dtype": torch.float32, "device": x.device}
+        new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
         dw_part, db_part = torch.empty(parts, b, k, d, **new), torch.empty(parts, b, d, **new)
         di_part = torch.empty(parts if offset is not None else 1, b, k - 1, d, **new)
         _backward_kernel[(triton.cdiv(d, BD), parts, b)](

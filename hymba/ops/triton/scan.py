@@ -324,7 +324,7 @@ def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = No
             seq_idx=None if i.seq_idx is None else i.seq_idx.contiguous(),
         )  # fmt: skip
         p = prepare(i)
-        new = {"dtype": torch.float32, "device": i.x.device}
+        new: dict[str, Any] = {"dtype": torch.float32, "device": i.x.device}
         blocks = triton.cdiv(d, BD_FWD)
         if parallel is None:
             parallel = nseg > 1 and i.x.is_cuda and b * blocks < 3 * _multiprocessors(i.x.device)

@@ -12,6 +12,8 @@ dt_t A is g_t * decay_t * s_{t-1} = g_t * (s_t - dt_t B_t x_t), so nothing is sh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -316,7 +318,7 @@ def backward(dy: Tensor | None, dfinal: Tensor | None, i: ScanInputs, states: Te
         )  # fmt: skip
         dy = channels_last(dy, V)
         p = prepare(i)
-        new = {"dtype": torch.float32, "device": i.x.device}
+        new: dict[str, Any] = {"dtype": torch.float32, "device": i.x.device}
         blocks = triton.cdiv(d, BD)
         dx, ddt = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (i.x, i.dt))
         dz = none if i.z is None else torch.empty_like(i.z, memory_format=torch.contiguous_format)

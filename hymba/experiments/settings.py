@@ -109,6 +109,8 @@ class ExportSettings:
     """Relative to ``run.output``, or absolute."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     evaluate: bool = True
+    generation: dict[str, Any] = field(default_factory=dict)
+    """What ``generate`` does with the checkpoint by default: fields of transformers' GenerationConfig."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +242,7 @@ def _build(cls: type, raw: Any, *, prefix: str, where: str) -> Any:
         if key not in names:
             candidates = [prefix + name for name in sorted(names)] if prefix else sorted(names) + known_keys()
             raise SettingsError(f"{where}: unknown key {prefix + str(key)!r}{_nearest(prefix + str(key), candidates)}")
-        if key == "model" and not prefix:
-            if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-                raise SettingsError(f"{where}: model = {value!r}: expected a mapping of HymbaConfig fields")
-            values[key] = dict(value)
-        elif dataclasses.is_dataclass(hints[key]):
+        if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, prefix=f"{prefix}{key}.", where=where)
         else:
             values[key] = _convert(value, hints[key], f"{where}: {prefix}{key}")
@@ -269,6 +267,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if len(value) != len(arguments):
             raise SettingsError(f"{name} = {value!r}: expected a list of {len(arguments)} values")
         return tuple(_convert(item, kind, f"{name}[{i}]") for i, (item, kind) in enumerate(zip(value, arguments)))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise SettingsError(f"{name} = {value!r}: expected a mapping of names to values")
+        return dict(value)
     if hint is float:
         # YAML 1.1 reads 1e-3 (no dot) as text; a person who writes it means the number.
         if isinstance(value, str):

@@ -40,6 +40,9 @@ def build_tokenizer(settings: TokenizerSettings, texts: Iterable[str]) -> PreTra
         tokenizer = AutoTokenizer.from_pretrained(str(Path(settings.path).expanduser()))
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"tokenizer.path = {settings.path!r}: no tokenizer can be read there: {error}") from error
+    for name in ("is_local", "local_files_only"):
+        # How this one was found, which would be saved with it.
+        tokenizer.init_kwargs.pop(name, None)
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is None:
             raise SettingsError(f"tokenizer.path = {settings.path!r}: its {name} is not set; documents need both ends")

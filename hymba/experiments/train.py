@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from hymba.config import HymbaConfig
+# From the package, not from its modules: that registers the released names, by which checkpoints are saved.
+from hymba import HymbaConfig, HymbaForCausalLM
+from hymba.config import nearest
 from hymba.experiments import checkpoints
 from hymba.experiments.bits import Bits, bits_per_byte
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
@@ -30,16 +32,13 @@ from hymba.experiments.packing import TokenRows
 from hymba.experiments.settings import SettingsError, TokenizerSettings, TrainSettings, load_settings
 from hymba.experiments.tokenizer import build_tokenizer, encode_documents
 from hymba.experiments.trainer import HymbaTrainer
-from hymba.model import HymbaForCausalLM
 
 RECORD_NAME = "training.json"
-# Settings that a resumed run may change, because no loss depends on them.
-_FREE_ON_RESUME = {
-    "run": frozenset(
-        "output threads log_every save_every keep_checkpoints evaluate_every evaluate_bytes tensorboard resume".split()
-    ),
-    "export": frozenset("folder dtype evaluate".split()),
-}
+# Settings that a resumed run may change, because no loss depends on them; those of `export` are free as well.
+_FREE_ON_RESUME = frozenset(
+    "run.output run.threads run.log_every run.save_every run.keep_checkpoints run.evaluate_every run.evaluate_bytes "
+    "run.tensorboard run.resume".split()
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     settings = load_settings(config_path, overrides)
     if settings.run.init_from is None:
         HymbaConfig(**settings.model)
+    check_generation(settings.export.generation)
     output = Path(settings.run.output).expanduser()
     first = int(os.environ.get("RANK", "0")) == 0
     if settings.run.threads:
@@ -171,6 +171,22 @@ def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> 
     return model.float()
 
 
+def check_generation(fields: dict[str, Any]) -> None:
+    """Refuse what transformers' GenerationConfig does not have, which would go into the file unread.
+
+    Raises:
+        SettingsError: an unknown field (with the nearest name), or a value that GenerationConfig refuses.
+    """
+    known = GenerationConfig().to_dict()
+    for name in fields:
+        if name not in known:
+            raise SettingsError(f"export.generation: unknown field {name!r}.{nearest(name, known)}")
+    try:
+        GenerationConfig(**fields).validate()
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"export.generation = {fields!r}: {error}") from error
+
+
 def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
     """The last complete checkpoint under ``output``, if the run there was started with the same settings.
 
@@ -203,10 +219,9 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for section, values in now.items():
         old = before.get(section) or {}
         for key in sorted(set(old) | set(values)):
-            if key in _FREE_ON_RESUME.get(section, ()):
-                continue
-            if old.get(key) != values.get(key):
-                changes.append(f"{section}.{key}: {old.get(key)!r} -> {values.get(key)!r}")
+            name = f"{section}.{key}"
+            if section != "export" and name not in _FREE_ON_RESUME and old.get(key) != values.get(key):
+                changes.append(f"{name}: {old.get(key)!r} -> {values.get(key)!r}")
     return changes
 
 
@@ -267,7 +282,9 @@ def export(
     dtype = getattr(torch, settings.export.dtype)
     measured = None
     with checkpoints.written_folder(folder, sealed=False) as staging:
-        HymbaForCausalLM.from_pretrained(checkpoint, dtype=dtype).save_pretrained(staging)
+        trained = HymbaForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        trained.generation_config.update(**settings.export.generation)
+        trained.save_pretrained(staging)
         tokenizer.save_pretrained(str(staging))
         if settings.export.evaluate and corpus.held_out:
             model = HymbaForCausalLM.from_pretrained(staging, dtype=torch.float32)

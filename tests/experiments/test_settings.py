@@ -87,6 +87,7 @@ def test_model_in_a_file_of_its_own(settings_file, tmp_path):
         ("run: {threads: -1}", [], ["run.threads = -1"]),
         ("model: 3", [], ["model = 3"]),
         ("model: {1: 2}", [], ["model ="]),
+        ("export: {generation: 3}", [], ["export.generation = 3", "mapping"]),
         ("- a", [], ["expected sections"]),
         ("run: {", [], ["not readable as YAML"]),
         ("run: {steps: 1, steps: 2}", [], ["'steps' is written twice"]),

@@ -263,7 +263,8 @@ def test_what_a_resumed_run_must_not_change(whole, config, text, tmp_path):
         main(config, [output, "model.hidden_size=32"])
     with pytest.raises(SettingsError, match=r"run.resume = 'never': .* already has checkpoint-8"):
         main(config, [output, "run.resume=never"])
-    assert changed_settings({"run": {"threads": 1}, "export": None}, {"run": {"threads": 2}, "export": {}}) == []
+    before = {"run": {"threads": 1}, "export": {"folder": "a"}}
+    assert changed_settings(before, {"run": {"threads": 2}, "export": {"folder": "b"}}) == []
 
     record = whole.output / "corpus.json"
     saved = record.read_text()
@@ -295,6 +296,10 @@ def test_refusals_before_anything_is_written(config, tmp_path):
         main(config, [f"run.output={tmp_path / 'file' / 'run'}"])
     with pytest.raises(CorpusError, match="absent does not exist"):
         main(config, [output, "data.paths=[/absent]"])
+    with pytest.raises(SettingsError, match=r"unknown field 'temprature'. Did you mean 'temperature'"):
+        main(config, [output, "export.generation={temprature: 1.0}"])
+    with pytest.raises(SettingsError, match=r"export.generation = .*num_beams"):
+        main(config, [output, "export.generation={num_beams: 1, num_return_sequences: 5, do_sample: false}"])
     with pytest.raises(SettingsError, match=r"model.vocab_size = 100: the tokenizer has 280 tokens"):
         main(config, [output, "model.vocab_size=100"])
     with pytest.raises(ValueError, match=r"data.sequence_length = 100000"):
@@ -307,7 +312,7 @@ def test_options_of_a_run(whole, config, tmp_path):
         f"run.output={tmp_path / 'run'}", f"run.init_from={whole.exported}",
         f"tokenizer.path={whole.output / 'tokenizer'}", "run.precision=bfloat16", "run.gradient_checkpointing=true",
         "run.steps=2", "run.log_every=1", "data.layout=stream", "data.held_out=0", f"export.folder={tmp_path / 'out'}",
-        "export.dtype=float32", "schedule.shape=cosine",
+        "export.dtype=float32", "export.generation={repetition_penalty: 1.3}", "schedule.shape=cosine",
     ]  # fmt: skip
     settings = {**yaml.safe_load(config.read_text()), "model": {"sliding_window": 4}}
     path = tmp_path / "again.yaml"
@@ -316,7 +321,10 @@ def test_options_of_a_run(whole, config, tmp_path):
     assert result.exported == tmp_path / "out"
     assert result.bits_per_byte is None
     assert {tensor.dtype for tensor in weights(result.exported).values()} == {torch.float32}
-    assert AutoModelForCausalLM.from_pretrained(result.exported).config.sliding_window == 4
+    model = AutoModelForCausalLM.from_pretrained(result.exported)
+    assert model.config.sliding_window == 4
+    assert model.generation_config.repetition_penalty == 1.3
+    assert "is_local" not in json.loads((result.exported / "tokenizer_config.json").read_text())
     # It went on from trained weights: a fresh model starts near ln(280) = 5.6.
     assert losses(result.output)[0][1] < losses(whole.output)[0][1]
 

@@ -246,8 +246,8 @@ def resolve_folder(name_or_path: str | os.PathLike[str], **hub: Any) -> Path | N
     return None
 
 
-def register() -> None:
-    """Make the Auto classes, `pipeline` and `transformers serve` know Hymba; called by `import hymba`.
+def register(config_class: Any, base_class: Any, language_model_class: Any) -> None:
+    """Make the Auto classes, `pipeline` and `transformers serve` know these classes; called by `import hymba`.
 
     A registered class wins over `auto_map`, so that remote code of a checkpoint is never asked for or run.
     """
@@ -256,14 +256,11 @@ def register() -> None:
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    from hymba.config import HymbaConfig
-    from hymba.model import HymbaForCausalLM, HymbaModel
-
-    AutoConfig.register("hymba", HymbaConfig, exist_ok=True)
-    AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
-    AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
+    AutoConfig.register("hymba", config_class, exist_ok=True)
+    AutoModel.register(config_class, base_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, language_model_class, exist_ok=True)
     renamings = [WeightRenaming(re.escape(old), new) for old, new in NAMES]
     register_checkpoint_conversion_mapping("hymba", renamings, overwrite=True)
     # `transformers serve` looks the architecture up as an attribute of the package.
-    for cls in (HymbaConfig, HymbaModel, HymbaForCausalLM):
+    for cls in (config_class, base_class, language_model_class):
         setattr(transformers, cls.__name__, cls)

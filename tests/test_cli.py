@@ -63,31 +63,11 @@ def expected(folder: Path, prompt: str, **options: Any) -> str:
 # Help and usage.
 
 
-def test_help_is_there_without_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['hymba', '--help']\n"
-        "from hymba.cli import app\n"
-        "try: app()\n"
-        "finally: print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
-    )
+def test_help_names_the_commands() -> None:
+    code = "import sys; sys.argv = ['hymba', '--help']; from hymba.cli import app; app()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in ("generate", "chat", "inspect", "train", "env"):
         assert command in done.stdout
-    assert done.stderr.strip() == "[]"
-
-
-def test_the_package_gives_its_names_to_the_command_too() -> None:
-    code = (
-        "import sys; sys.argv = ['/usr/bin/hymba']\n"
-        "import hymba; assert 'torch' not in sys.modules\n"
-        "from hymba import HymbaForCausalLM\n"
-        "from transformers import AutoConfig\n"
-        "assert type(AutoConfig.for_model('hymba')) is hymba.HymbaConfig\n"
-        "try: hymba.HymbaModle\n"
-        "except AttributeError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "module 'hymba' has no attribute 'HymbaModle'"
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "inspect", "train", "env"])
@@ -514,7 +494,6 @@ def test_train_hands_its_arguments_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_training_saves_by_the_released_names(tmp_path: Path) -> None:
-    """In a process that is the command, where importing the package alone registers nothing."""
     (tmp_path / "tiny.yaml").write_text("")
     code = (
         "import sys, types; sys.argv = ['hymba', 'train', 'tiny.yaml']\n"

@@ -86,13 +86,11 @@ def load(
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from hymba.hub import register
     from hymba.model import HymbaForCausalLM
 
     where = _device(device)
     # Found out before gigabytes of weights are read.
     load_config(name, revision=revision)
-    register()
     logging.disable_progress_bar()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

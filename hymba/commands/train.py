@@ -28,10 +28,6 @@ def train(
         if "=" not in override:
             raise UsageError(f"{override!r} is not a setting; write KEY=VALUE, such as run.steps=100")
 
-    from hymba.hub import register
-
-    # The command's import of the package leaves it out, and checkpoints are saved by the names that it declares.
-    register()
     from hymba.experiments.train import main
 
     result = main(config, overrides or [])

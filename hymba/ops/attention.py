@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from hymba.ops._checks import no_autocast
@@ -34,14 +33,14 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, dropout: flo
     """
     groups = q.shape[2] // k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
-    queries = rearrange(q.to(compute), "b l (k g) d -> b k g l d", g=groups)
+    queries = q.to(compute).unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4)
     scores = torch.einsum("bkgld,bskd->bkgls", queries, k.to(compute)) / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~mask[:, None, None], torch.finfo(compute).min)
     weights = scores.softmax(dim=-1)
     dropped = F.dropout(weights, dropout) if dropout else weights
     out = torch.einsum("bkgls,bske->bkgle", dropped, v.to(compute))
-    out = rearrange(out, "b k g l e -> b l (k g e)").to(v.dtype)
-    return out, rearrange(weights, "b k g l s -> b (k g) l s")
+    out = out.permute(0, 3, 1, 2, 4).flatten(2).to(v.dtype)
+    return out, weights.flatten(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
@@ -50,13 +49,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tens
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if length == 1:
         # The g queries of a key head stand as rows of one product, so that keys and values are not repeated.
-        queries = rearrange(q, "b 1 (k g) d -> b k g d", k=k.shape[2])
+        queries = q[:, 0].unflatten(1, (k.shape[2], -1))
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], dropout_p=dropout)
-        return rearrange(out, "b k g e -> b 1 (k g e)")
+        return out.flatten(1)[:, None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), keys, values, attn_mask=mask[:, None], dropout_p=dropout, enable_gqa=True
     )
-    return rearrange(out, "b h l e -> b l (h e)")
+    return out.transpose(1, 2).flatten(2)
 
 
 def _one_query(
@@ -76,13 +75,13 @@ def _one_query(
         return x.to(compute) if x.shape[0] == 1 else torch.empty(x.shape, dtype=compute, device=x.device).copy_(x)
 
     with no_autocast(q):
-        queries = rearrange(q.to(compute), "b 1 (k g) d -> b k g d", g=groups)
+        queries = q[:, 0].to(compute).unflatten(1, (-1, groups))
         parts = [(k, v)] if prefix_k is None or prefix_v is None else [(prefix_k, prefix_v), (k, v)]
         scores = torch.cat([queries @ heads_first(keys).transpose(2, 3) for keys, _ in parts], dim=-1)
         scores = (scores / math.sqrt(q.shape[-1])).masked_fill_(~mask[:, None], torch.finfo(compute).min)
         weights = scores.softmax(dim=-1).split([keys.shape[1] for keys, _ in parts], dim=-1)
         out = sum(w @ heads_first(values) for w, (_, values) in zip(weights, parts, strict=True))
-    return rearrange(out, "b k g e -> b 1 (k g e)", b=rows).to(v.dtype)
+    return out.flatten(1)[:, None].to(v.dtype)
 
 
 def attention(

@@ -7,8 +7,10 @@ them aside and writes them to disk. Lengths count text: meta tokens are part of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,13 @@ def _differences(one: dict[str, Any], two: dict[str, Any], names: tuple[str, str
     if len(keys) > 5:
         keys = [key for key in keys if not key.startswith("layer ")] or keys
     return "; ".join(f"{key}: {names[0]} {one.get(key)!r}, {names[1]} {two.get(key)!r}" for key in keys[:5])
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """Tensors made here carry no gradients, and may be written outside inference mode although made inside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class CacheError(ValueError):
@@ -112,16 +121,20 @@ class HymbaCache(Cache):
         """
 
         def own(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().expand(rows, *tensor.shape[1:]).clone()
+            return None if tensor is None else tensor.expand(rows, *tensor.shape[1:]).clone()
 
-        for i, (state, start) in enumerate(zip(self.layers, prefix, strict=True)):
-            self.layers[i] = replace(
-                state,
-                prefix_k=None if start.prefix_k is None else start.prefix_k.detach(),
-                prefix_v=None if start.prefix_v is None else start.prefix_v.detach(),
-                conv=own(start.conv),
-                ssm=own(start.ssm),
-            )
+        def shared(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else (tensor.clone() if tensor.is_inference() else tensor.detach())
+
+        with _lasting():
+            for i, (state, start) in enumerate(zip(self.layers, prefix, strict=True)):
+                self.layers[i] = replace(
+                    state,
+                    prefix_k=shared(start.prefix_k),
+                    prefix_v=shared(start.prefix_v),
+                    conv=own(start.conv),
+                    ssm=own(start.ssm),
+                )
         self.started = True
 
     def functional(self, start: list[LayerState] | None = None) -> list[LayerState]:
@@ -257,14 +270,15 @@ class HymbaCache(Cache):
             if name.startswith("prefix") or (name == "seen" and tensor.shape[0] == 1):
                 return tensor
             new = function(tensor)
-            return tensor.copy_(new) if self.max_length is not None and new.shape == tensor.shape else new
+            return tensor.copy_(new) if self.max_length is not None and _fits(tensor, new) else new
 
         if not self.columns:
             return
-        self.layers = [map_tensors(state, rows) for state in self.layers]
-        if self.seen is not None and self.seen.shape[0] > 1:
-            self.seen = function(self.seen)
-        self.valid = [function(part) if isinstance(part, Tensor) else part for part in self.valid]
+        with _lasting():
+            self.layers = [map_tensors(state, rows) for state in self.layers]
+            if self.seen is not None and self.seen.shape[0] > 1:
+                self.seen = function(self.seen)
+            self.valid = [function(part) if isinstance(part, Tensor) else part for part in self.valid]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order. rows: (n,) integers."""
@@ -288,16 +302,17 @@ class HymbaCache(Cache):
 
     def snapshot(self) -> CacheSnapshot:
         """A copy of everything that this cache holds; the cache may go on."""
-        return CacheSnapshot(
-            config=self.config,
-            max_length=self.max_length,
-            layers=[map_tensors(state, lambda _, tensor: tensor.clone()) for state in self.layers],
-            columns=self.columns,
-            uniform=self.uniform,
-            seen=None if self.seen is None else self.seen.clone(),
-            valid=list(self.valid),
-            started=self.started,
-        )
+        with _lasting():
+            return CacheSnapshot(
+                config=self.config,
+                max_length=self.max_length,
+                layers=[map_tensors(state, lambda _, tensor: tensor.clone()) for state in self.layers],
+                columns=self.columns,
+                uniform=self.uniform,
+                seen=None if self.seen is None else self.seen.clone(),
+                valid=list(self.valid),
+                started=self.started,
+            )
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Back to a snapshot of this cache, as often as wanted. A static cache keeps its addresses."""
@@ -374,7 +389,7 @@ class HymbaCache(Cache):
             CacheError: not such a file, or another architecture (the fields that differ are named).
         """
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with _lasting(), safe_open(path, framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != "hymba-cache-1":
                     raise CacheError(f"{path} is not a saved HymbaCache (no format hymba-cache-1 in its header)")
@@ -462,6 +477,12 @@ class HymbaCache(Cache):
         return total
 
 
+def _fits(old: Tensor, new: Tensor) -> bool:
+    """Whether `new` can be written into the memory of `old`."""
+    alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+    return alike and not old.is_inference()
+
+
 def _overwrite(held: LayerState, new: LayerState, *, fixed: bool = True) -> LayerState:
     """`new` in the memory of `held` where shapes agree (and addresses are `fixed`), else as copies. No gradients."""
     memory: dict[str, Tensor] = {}
@@ -471,19 +492,9 @@ def _overwrite(held: LayerState, new: LayerState, *, fixed: bool = True) -> Laye
         old = memory.get(name)
         if old is tensor:
             return tensor
-        same = (
-            fixed
-            and old is not None
-            and (old.shape, old.dtype, old.device)
-            == (
-                tensor.shape,
-                tensor.dtype,
-                tensor.device,
-            )
-        )
-        return old.copy_(tensor) if same and old is not None else tensor.clone()
+        return old.copy_(tensor) if fixed and old is not None and _fits(old, tensor) else tensor.clone()
 
-    with torch.no_grad():
+    with _lasting():
         return map_tensors(new, own)
 
 

@@ -392,6 +392,32 @@ def test_a_mask_that_rewrites_the_past_is_refused(model: Any) -> None:
         )
 
 
+def test_a_cache_made_in_inference_mode_is_a_cache_like_any_other(model: Any, tmp_path: Path) -> None:
+    """Prefilled, copied, reordered or loaded there; continued under no_grad, and by a call that autograd records."""
+    ids, mask = pad([some_ids(1, n, seed=n)[0] for n in (6, 3)])
+    new = some_ids(4, 2)
+    for room in (None, 40):
+        cache = HymbaCache(model.config, max_length=room)
+        with torch.inference_mode():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            cache.save(tmp_path / "state")
+            caches = [copy.deepcopy(cache), HymbaCache.load(tmp_path / "state", model.config), cache]
+            for each in caches:
+                each.reorder_cache(torch.tensor([0, 1]))
+                each.restore(each.snapshot())
+                each.expand(2)
+        for each in caches:
+            first = _next(model, each, new)
+            recorded = model.model(new, past_key_values=each).last_hidden_state
+            recorded.sum().backward()
+            with torch.inference_mode():
+                last = model.model(new, past_key_values=each).last_hidden_state
+            whole = torch.cat([ids.repeat_interleave(2, dim=0), new, new, new], dim=1)
+            wide = torch.cat([mask.repeat_interleave(2, dim=0), torch.ones(4, 6, dtype=torch.long)], dim=1)
+            for row, want in enumerate(alone(model, whole, wide, hidden=True)):
+                assert largest(torch.cat([first, recorded, last], dim=1)[row], want[-6:]) <= FLOAT64
+
+
 # Rows that end at different times.
 
 

@@ -215,8 +215,10 @@ class KVState:
             if slots == self.slots:
                 return
         held = self.slots
-        keys = k.new_zeros(rows, slots, *k.shape[2:])
-        values = v.new_zeros(rows, slots, *v.shape[2:])
+        # A tensor made in inference mode could not be written outside of it, where a conversation may go on.
+        with torch.inference_mode(False):
+            keys = k.new_zeros(rows, slots, *k.shape[2:])
+            values = v.new_zeros(rows, slots, *v.shape[2:])
         if held and self.keys is not None and self.values is not None:
             keys[:, :held], values[:, :held] = self.keys, self.values
         self.keys, self.values = keys, values

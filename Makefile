@@ -31,7 +31,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt scripts/setup_venv.sh
 	@touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/hymba generate "def " --max-new-tokens 100
+	$(VENV)/bin/hymba generate "def " --max-new-tokens 100 --temperature 0.7 --seed 2
 	$(VENV)/bin/hymba inspect
 
 # Triton has wheels for Linux only; elsewhere its kernels stay unmeasured, and so the gate on coverage is off.

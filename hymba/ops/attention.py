@@ -66,7 +66,7 @@ def _one_query(
     SDPA has no fused kernel on CPUs for values wider than keys, and its decomposition scales and masks copies of the
     keys; the prefix is not joined to them either.
     """
-    rows, groups = q.shape[0], q.shape[2] // k.shape[2]
+    groups = q.shape[2] // k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
 
     def heads_first(x: Tensor) -> Tensor:

@@ -115,22 +115,24 @@ class _PackedForward:
         self.sums = bit_sums(weight)
         self.compared = self.clock.now
 
-    def refresh(self, weight: Tensor) -> None:
-        """Make sure that the copy is one of this weight, as it is now."""
+    def refresh(self, weight: Tensor) -> bool:
+        """Make the copy one of this weight as it is now; whether there can be one."""
         if weight is not self.weight or _mark(weight) != self.mark:
+            if not _packable(weight):
+                return False
             self.pack(weight)
         elif self.compared != self.clock.now:
             if all(map(torch.equal, bit_sums(weight), self.sums)):
                 self.compared = self.clock.now
             else:
                 self.pack(weight)
+        return True
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.layer.weight, self.layer.bias
-        if not (self.open and _packable(weight) and x.dtype == weight.dtype and _plain(x, weight, bias)):
-            return F.linear(x, weight, bias)
-        self.refresh(weight)
-        return _product(x.contiguous(), self.packed, bias)
+        if self.open and x.dtype == weight.dtype and _plain(x, weight, bias) and self.refresh(weight):
+            return _product(x.contiguous(), self.packed, bias)
+        return F.linear(x, weight, bias)
 
     def close(self) -> None:
         """Forget the copy; whoever still holds this forward gets the plain one."""

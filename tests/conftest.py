@@ -10,7 +10,8 @@ from collections.abc import Iterator
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, (os.cpu_count() or 1) // _workers)
 # Before torch is imported, and through the environment, so that subprocesses of a test keep to it as well.
-os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+if _workers > 1 or "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(_threads)
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest  # noqa: E402
@@ -52,10 +53,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     # Says what was tested: the oldest-transformers and wheel runs differ in nothing else.
     package = importlib.util.find_spec("hymba")
     where = package.submodule_search_locations if package else "not installed"
-    return (
-        f"hymba: {where}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {_threads} thread(s) a worker"
-    )
+    return f"hymba: {where}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,15 @@ class CheckpointMixin:
             if not isinstance(config, HymbaConfig):
                 fields = set(HymbaConfig.__dataclass_fields__) - {"dtype"}
                 overrides = {k: v for k, v in kwargs.items() if k in fields}
-                config = HymbaConfig.from_pretrained(config or pretrained_model_name_or_path, **location, **overrides)
+                with _naming(config or pretrained_model_name_or_path):
+                    config = HymbaConfig.from_pretrained(
+                        config or pretrained_model_name_or_path, **location, **overrides
+                    )
             cls._check_keywords(kwargs)
             quantised = getattr(config, "quantization_config", None) is not None
-            folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if plain and not quantised else None
+            with _naming(pretrained_model_name_or_path):
+                own = plain and not quantised
+                folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if own else None
             if folder is not None and not os.path.isfile(folder / "adapter_config.json"):
                 paths = hub.weight_files(folder, variant=kwargs.get("variant"))
                 files = _Files(
@@ -239,6 +245,17 @@ def _finish_save(name_or_path: str | os.PathLike[str], subfolder: str | None) ->
                 f"{folder} holds a save that was interrupted when it was complete but for moving its files, and they "
                 f"cannot be moved now ({error}); make the folder writable and load it again"
             ) from error
+
+
+@contextlib.contextmanager
+def _naming(name_or_path: Any) -> Iterator[None]:
+    """Put the repository or folder into errors that leave it out, as those of a hub that cannot be reached do."""
+    try:
+        yield
+    except OSError as error:
+        if str(name_or_path) in str(error):
+            raise
+        raise OSError(f"{name_or_path}: {error}") from error
 
 
 def _as_tuple(result: Any) -> tuple[Any, ...]:

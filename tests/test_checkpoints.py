@@ -424,3 +424,58 @@ def test_the_golden_folder_is_only_read() -> None:
     before = {path: path.stat().st_mtime_ns for path in GOLDEN[0].iterdir()}
     HymbaForCausalLM.from_pretrained(GOLDEN[0])
     assert {path: path.stat().st_mtime_ns for path in GOLDEN[0].iterdir()} == before
+
+
+# The hub's cache.
+
+
+def _in_hub_cache(model: Any, cache: Path, **options: Any) -> Path:
+    """A repository as the hub's client keeps it: a snapshot that the branch points to."""
+    repository = cache / "models--lab--tiny-hymba"
+    snapshot = repository / "snapshots" / ("c" * 40)
+    model.save_pretrained(snapshot, **options)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+    return snapshot
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_a_hub_id(model: Any, tmp_path: Path, size: str) -> None:
+    """Checked like a folder, without the network once it is in the cache."""
+    snapshot = _in_hub_cache(model, tmp_path, max_shard_size=size)
+    for load in (HymbaForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        loaded = load("lab/tiny-hymba", cache_dir=tmp_path, sliding_window=2)
+        _same(loaded, model)
+        assert loaded.config.sliding_window == 2
+    for file in sorted(snapshot.glob("*.safetensors"))[:1]:
+        data = file.read_bytes()
+        file.write_bytes(data[:-4])
+        with pytest.raises(CheckpointError, match=rf"{file.name}: truncated: expected {len(data)} bytes"):
+            AutoModelForCausalLM.from_pretrained("lab/tiny-hymba", cache_dir=tmp_path)
+        file.unlink()
+        with pytest.raises((CheckpointError, OSError), match=r"tiny-hymba"):
+            HymbaForCausalLM.from_pretrained("lab/tiny-hymba", cache_dir=tmp_path)
+
+
+def test_an_unknown_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="lab/nothing-here"):
+        HymbaForCausalLM.from_pretrained("lab/nothing-here", cache_dir=tmp_path)
+
+
+def test_pushing_names_the_folder_that_the_user_gave(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def recorded(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append({"folder": Path(folder), **kwargs})
+        Path(folder, "model.safetensors").write_text("x")
+
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "save_pretrained", recorded)
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    model.save_pretrained(str(tmp_path / "mine"), push_to_hub=True, repo_id="lab/theirs")
+    assert [call["repo_id"] for call in calls] == ["mine", "lab/theirs"]
+    assert sorted(os.listdir(tmp_path / "mine")) == ["model.safetensors"]
+    # Every process writes its part of a distributed checkpoint straight into the folder.
+    model.save_pretrained(tmp_path / "mine", distributed_checkpoint=True)
+    assert calls[-1]["folder"] == tmp_path / "mine"

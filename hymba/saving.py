@@ -42,9 +42,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(
-            f"save_directory={str(folder)!r} is a file; allowed: a folder, or a free name"
-        )
+        raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; allowed: a folder, or a free name")
     missing = [path for path in (target, *target.parents) if not path.exists()]
     writing = target / f"{_WRITING}{os.getpid()}"
     try:

@@ -21,27 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from hymba.config import HymbaConfig
+from hymba.config import HymbaConfig, architecture, differences
 from hymba.nn.state import KVState, LayerState, Span, map_tensors
-
-_SHAPE = (
-    "hidden_size num_attention_heads num_key_value_heads v_head_dim num_memory_tokens kq_norm rope_base mamba_d_state "
-    "mamba_d_conv mamba_expand"
-).split()
-
-
-def _architecture(config: HymbaConfig) -> dict[str, Any]:
-    """What a state depends on besides the weights, as plain values by name."""
-    layers = {f"layer {i}": [spec.window, spec.kv_from] for i, spec in enumerate(config.layers)}
-    return {"num_hidden_layers": len(layers)} | {name: getattr(config, name) for name in _SHAPE} | layers
-
-
-def _differences(one: dict[str, Any], two: dict[str, Any], names: tuple[str, str]) -> str:
-    """`"name: one 1, two 2; ..."` for what differs, at most five of them; empty when nothing does."""
-    keys = [key for key in {**one, **two} if one.get(key) != two.get(key)]
-    if len(keys) > 5:
-        keys = [key for key in keys if not key.startswith("layer ")] or keys
-    return "; ".join(f"{key}: {names[0]} {one.get(key)!r}, {names[1]} {two.get(key)!r}" for key in keys[:5])
 
 
 @contextlib.contextmanager
@@ -258,9 +239,7 @@ class HymbaCache(Cache):
             )
 
     def _check_architecture(self, other: HymbaConfig, names: tuple[str, str]) -> None:
-        if other is not self.config and (
-            differ := _differences(_architecture(self.config), _architecture(other), names)
-        ):
+        if other is not self.config and (differ := differences(architecture(self.config), architecture(other), names)):
             raise CacheError(f"the {names[0]} and the {names[1]} are of different architectures ({differ})")
 
     # Rows.
@@ -369,7 +348,7 @@ class HymbaCache(Cache):
             "format": "hymba-cache-1",
             "columns": str(self.columns),
             "max_length": json.dumps(self.max_length),
-            "architecture": json.dumps(_architecture(self.config)),
+            "architecture": json.dumps(architecture(self.config)),
         }
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -396,7 +375,7 @@ class HymbaCache(Cache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise CacheError(f"{path} is not a readable safetensors file: {error}") from error
-        differ = _differences(json.loads(meta["architecture"]), _architecture(config), ("file", "model"))
+        differ = differences(json.loads(meta["architecture"]), architecture(config), ("file", "model"))
         if differ:
             raise CacheError(f"{path} was saved by another architecture ({differ})")
         cache = cls(config, max_length=json.loads(meta["max_length"]))

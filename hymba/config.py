@@ -365,6 +365,27 @@ class HymbaConfig(PreTrainedConfig):
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
+_STATE_FIELDS = (
+    "hidden_size num_attention_heads num_key_value_heads v_head_dim num_memory_tokens rope_base mamba_d_state "
+    "mamba_d_conv mamba_expand"
+).split()
+
+
+def architecture(config: HymbaConfig) -> dict[str, Any]:
+    """What a state depends on besides the weights, as plain values by name."""
+    layers = {f"layer {i}": [spec.window, spec.kv_from] for i, spec in enumerate(config.layers)}
+    fields = {name: getattr(config, name) for name in _STATE_FIELDS}
+    return {"num_hidden_layers": len(layers), **fields, "kq_norm": config.kq_norm or "none", **layers}
+
+
+def differences(one: dict[str, Any], two: dict[str, Any], names: tuple[str, str]) -> str:
+    """`"name: one 1, two 2; ..."` for what differs, at most five of them; empty when nothing does."""
+    keys = [key for key in {**one, **two} if one.get(key) != two.get(key)]
+    if len(keys) > 5:
+        keys = [key for key in keys if not key.startswith("layer ")] or keys
+    return "; ".join(f"{key}: {names[0]} {one.get(key)!r}, {names[1]} {two.get(key)!r}" for key in keys[:5])
+
+
 def _plain_errors(init: Any) -> Any:
     """Raise what the strict base class finds wrong as a `ConfigError`, which is a `ValueError`."""
 

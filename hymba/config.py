@@ -43,7 +43,7 @@ _TRANSFORMERS_KEYS = frozenset(
     }
 )
 # What the reference calls its attention implementations; ours are transformers' names.
-_REFERENCE_ATTENTION = frozenset({"flex", "flash_attention_2", "flash_attention", "sdpa", "eager"})
+_REFERENCE_ATTENTION = frozenset({"flex", "flash_attention_2", "flash_attention"})
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 _ROPE_TYPES = ("default", "ntk", None)
@@ -63,6 +63,15 @@ def nearest(name: str, known: Any) -> str:
     """`" Did you mean 'x'?"` for the closest known name, or nothing when none is close."""
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def check_attention_implementation(name: Any) -> None:
+    """Refuse implementations that this library does not have, by name."""
+    if name is not None and name not in ATTENTION_IMPLEMENTATIONS:
+        raise ConfigError(
+            f"attn_implementation={name!r}: allowed: {', '.join(ATTENTION_IMPLEMENTATIONS)} (faster kernels are chosen "
+            "by hymba.ops.backend)"
+        )
 
 
 @strict
@@ -160,14 +169,9 @@ class HymbaConfig(PreTrainedConfig):
             named = "; ".join(f"{key}={kwargs[key]!r}.{nearest(key, known)}" for key in unknown)
             raise ConfigError(f"HymbaConfig has no field {named} Fields: {', '.join(known)}")
         kwargs.pop("attn_implementation_new", None)
-        implementation = kwargs.get("attn_implementation")
-        if implementation is not None and implementation not in ATTENTION_IMPLEMENTATIONS:
-            if implementation not in _REFERENCE_ATTENTION:
-                raise ConfigError(
-                    f"attn_implementation={implementation!r}: allowed: {', '.join(ATTENTION_IMPLEMENTATIONS)} "
-                    "(faster kernels are chosen by hymba.ops.backend)"
-                )
+        if kwargs.get("attn_implementation") in _REFERENCE_ATTENTION:
             kwargs["attn_implementation"] = None
+        check_attention_implementation(kwargs.get("attn_implementation"))
         super().__post_init__(**kwargs)
 
         # Types are checked after this hook, so nothing is derived from a value of the wrong one.
@@ -321,6 +325,8 @@ class HymbaConfig(PreTrainedConfig):
         # A name of the reference's implementations, not one of transformers'.
         known.pop("attn_implementation", None)
         if "attn_implementation" in kwargs:
+            # Asked for by name, not left in a file by the reference.
+            check_attention_implementation(kwargs["attn_implementation"])
             known["attn_implementation"] = kwargs.pop("attn_implementation")
         for key in [k for k in kwargs if k in fields or k in ("torch_dtype", "output_attentions", "name_or_path")]:
             if key in ("dtype", "torch_dtype"):

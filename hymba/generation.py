@@ -52,7 +52,7 @@ class HymbaGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if isinstance(tokens, Tensor):
             self._check_batch(tokens, mask, past)
-        settings = kwargs.get("generation_config") or self.generation_config
+        settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
         if embeds is not None and chunk is not None:
             raise InputError(
@@ -109,8 +109,9 @@ class HymbaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        # transformers looks for `inputs_embeds` by name before it passes any.
-        kwargs.pop(_FINISHED, None)
+        # transformers looks for `inputs_embeds` by name before it passes any, and passes on what only stopping reads.
+        for name in (_FINISHED, "tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(

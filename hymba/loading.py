@@ -19,7 +19,7 @@ from transformers import modeling_utils
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from hymba import hub, saving
-from hymba.config import KEYS_REPORTED, HymbaConfig, nearest
+from hymba.config import KEYS_REPORTED, HymbaConfig, check_attention_implementation, nearest
 
 _on_hub_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda path: False)
 
@@ -98,6 +98,7 @@ class CheckpointMixin:
             CheckpointError: missing, unknown, mis-shaped or truncated tensors, a missing shard, pickled weights.
             ConfigError: a configuration that cannot be built, or an unknown keyword.
         """
+        check_attention_implementation(kwargs.get("attn_implementation"))
         config = kwargs.get("config")
         plain = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
         files: _Files | None = None

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hymba.cache import HymbaCache, as_hymba_cache
-from hymba.config import HymbaConfig
+from hymba.config import HymbaConfig, check_attention_implementation
 from hymba.generation import HymbaGenerationMixin
 from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents, readable
 from hymba.loading import CheckpointMixin
@@ -77,6 +77,7 @@ class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
                 module._checkpoint_every = every_n_layers
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        check_attention_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         self._set_attention()
 
@@ -479,6 +480,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                expected = tuple(logits.shape[:2])
+                raise InputError(
+                    f"labels has shape {tuple(labels.shape)}; expected {expected}, one target for each logit"
+                )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -401,6 +401,29 @@ def test_documents(model: Any) -> None:
             model(ids, use_cache=True, **{name: value})
 
 
+def test_labels(model: Any) -> None:
+    ids = some_ids(2, 4)
+    for labels, kept in ((ids[:, :3], 0), (ids[:1], 0), (ids[0], 0), (ids, 2)):
+        with pytest.raises(InputError, match=r"labels has shape .*; expected \(2, [24]\), one target for each logit"):
+            model(ids, labels=labels, logits_to_keep=kept)
+    model(ids, labels=ids[:, 2:], logits_to_keep=2)
+
+
+def test_attention_implementations(folder: Path, model: Any) -> None:
+    for name in ("flash_attention_2", "flex_attention", "flex"):
+        for load in (HymbaForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=rf"attn_implementation='{name}': allowed: eager, sdpa"):
+                load(folder, attn_implementation=name)
+        with pytest.raises(ValueError, match=name):
+            model.set_attn_implementation(name)
+        assert model.model.layers[0].mixer.attention.implementation == "sdpa"
+    attention = AttentionHeads(num_heads=2, num_kv_heads=1, head_dim=4, v_head_dim=4)
+    attention.implementation = "flash"
+    kv = attention.keys_and_values(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), None, span=Span.following(3))
+    with pytest.raises(ValueError, match="implementation='flash': allowed: 'sdpa', 'eager'"):
+        attention(torch.zeros(1, 3, 8), kv, span=Span.following(3))
+
+
 # Blocks and cache.
 
 

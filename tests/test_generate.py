@@ -16,8 +16,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    StaticCache,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
@@ -190,6 +192,34 @@ def test_a_cache_with_logits_already_known(model: Any) -> None:
         cache = model(row[:, :9]).past_key_values
     out = model.generate(row, past_key_values=cache, **PLAIN)
     assert out[0, 12:].tolist() == _greedy(model, row[0])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_stock_caches(model: Any, kind: str) -> None:
+    """Passed empty, they hold the conversation afterwards."""
+    cache: Any = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=40)
+    row = some_ids(1, 7)
+    out = model.generate(row, past_key_values=cache, **PLAIN)
+    assert out[0, 7:].tolist() == _greedy(model, row[0])
+    assert isinstance(cache, HymbaCache) and cache.get_seq_length() == 15
+    again = model.generate(out, past_key_values=cache, **PLAIN)
+    assert again[0, 16:].tolist() == _greedy(model, out[0])
+
+
+def test_stop_strings_end_rows_one_by_one(model: Any, tokenizer: Any) -> None:
+    ids, mask, rows = _batch()
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0,
+        stop_strings=list("aeiou"), tokenizer=tokenizer, return_dict_in_generate=True,
+    )  # fmt: skip
+    held = out.past_key_values.valid_columns()
+    vowels = set(tokenizer.convert_tokens_to_ids(list("aeiou")))
+    for row, (tokens, prompt) in enumerate(zip(out.sequences, rows, strict=True)):
+        want = _greedy(model, prompt, 12)
+        end = next((i + 1 for i, token in enumerate(want) if token in vowels), 12)
+        assert tokens[11 : 11 + end].tolist() == want[: min(end, len(tokens) - 11)]
+        real = torch.cat([mask[row] == 1, torch.arange(held.shape[1] - 11) < end])
+        assert torch.equal(held[row], real)
 
 
 def test_a_sequence_that_the_cache_has_already_seen_is_refused(model: Any) -> None:

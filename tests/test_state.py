@@ -110,6 +110,25 @@ def test_the_default_is_a_cache_outside_training(model: Any) -> None:
     assert model(ids, use_cache=True).past_key_values.get_seq_length() == 3
 
 
+@pytest.mark.parametrize("room", [None, 420])
+def test_long_texts(room: int | None) -> None:
+    """Several growths of every buffer, windows larger than a step of growth, chunks larger than the window."""
+    model = build(sliding_window=70, num_hidden_layers=3, kv_reuse_group=[[1, 2]])
+    ids = some_ids(2, 400)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = mask[0, 100:130] = mask[1, 350] = 0
+    sizes = [1, 1, 60, 9, 1, 30, 1, 150, 1, 1, 100, 45]
+    assert sum(sizes) == 400
+    with torch.no_grad():
+        whole = model.model(ids, use_cache=False).last_hidden_state
+    parts = through_cache(model, ids, sizes, cache=HymbaCache(model.config, max_length=room), hidden=True)
+    assert largest(parts, whole) <= FLOAT64
+    cache = HymbaCache(model.config, max_length=room)
+    parts = through_cache(model, ids, sizes, mask=mask, cache=cache, hidden=True)
+    for row, want in enumerate(alone(model, ids, mask, hidden=True)):
+        assert largest(parts[row, mask[row] == 1], want) <= FLOAT64
+
+
 # Gradients.
 
 

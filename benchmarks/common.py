@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +66,40 @@ def graph_times(run: Callable[[], Any], *, inner: int = 1, repeats: int = 20) ->
         for _ in range(inner):
             run()
     return [t / inner for t in times(graph.replay, repeats=repeats)]
+
+
+def measure(run: Callable[[], Any], device: str, *, warmup: int = 3, repeats: int = 20) -> list[float]:
+    """Seconds of each repeat: device events on a GPU, the clock on a CPU."""
+    if device == "cuda":
+        return times(run, warmup=warmup, repeats=repeats)
+    for _ in range(warmup):
+        run()
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+@dataclass
+class Peak:
+    """The most device memory that was in use inside `peak_bytes`; 0 on a CPU, which is not measured."""
+
+    value: int = 0
+
+
+@contextlib.contextmanager
+def peak_bytes(device: str) -> Iterator[Peak]:
+    """The most memory that tensors took up inside, weights included."""
+    peak = Peak()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    yield peak
+    if device == "cuda":
+        torch.cuda.synchronize()
+        peak.value = torch.cuda.max_memory_allocated()
 
 
 def spread(values: list[float]) -> dict[str, float]:

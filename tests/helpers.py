@@ -44,15 +44,16 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     """Give every tensor values on which the output depends strongly, norms and biases included.
 
     A freshly initialised model hides faults: unit norms commute, zero biases vanish, small projections make attention
-    uniform, and slow states forget nothing.
+    uniform, and slow states forget nothing. Values are drawn where the model is.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(tensor: Tensor, std: float) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * std
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device=device) * std
 
     def uniform(tensor: Tensor, low: float, high: float) -> Tensor:
-        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device=device) * (high - low) + low
 
     for name, tensor in model.named_parameters():
         if "norm" in name:

@@ -2,13 +2,15 @@
 
     python -m benchmarks.decode --batch 1 --length 1024
 
-Checks first that a fused step gives what the modules give, prints no number when that fails. The roofline counts the
-bytes that a step must read: all weights once, keys and values of every attending layer, SSM states read and written.
+Checks first that a fused step is no further from float32 than the modules are; prints no number when it is. The
+roofline counts the bytes that a step must read: all weights once, keys and values of every attending layer, SSM states
+read and written.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -20,8 +22,8 @@ from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from hymba.decoding import DecodeStep, why_not_fused
 
 RELEASE = Path(__file__).parent.parent / "configs" / "model" / "hymba-1.5b.json"
-TOLERANCE = 0.03
-"""Relative difference of bf16 logits between two orders of the same arithmetic, in the 2-norm."""
+WORSE = 1.25
+"""How much further from float32 the fused step may be than the modules in the same dtype."""
 
 
 def model_of_release(dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> HymbaForCausalLM:
@@ -66,19 +68,20 @@ def step_bytes(model: HymbaForCausalLM, cache: HymbaCache, length: int) -> int:
 
 
 @torch.no_grad()
-def check(model: HymbaForCausalLM, rows: int) -> float:
-    """Relative difference between the fused step and the modules, after a short prompt."""
+def check(model: HymbaForCausalLM, exact: HymbaForCausalLM, rows: int) -> tuple[float, float]:
+    """Relative errors of the logits of the modules and of the fused step against the same weights in float32."""
     ids = torch.randint(3, 1000, (rows, 40), device="cuda")
     logits = []
-    for fused in (False, True):
-        cache = HymbaCache(model.config, max_length=64)
-        model(ids[:, :32], past_key_values=cache)
-        step = DecodeStep(model, cache, fused=fused)
+    for which, fused in ((exact, False), (model, False), (model, True)):
+        cache = HymbaCache(which.config, max_length=64)
+        which(ids[:, :32], past_key_values=cache)
+        step = DecodeStep(which, cache, fused=fused)
         for t in range(32, 40):
             step.tokens.copy_(ids[:, t])
             step.run()
         logits.append(step.logits.clone())
-    return ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
+    modules, fused_ = (((got - logits[0]).norm() / logits[0].norm()).item() for got in logits[1:])
+    return modules, fused_
 
 
 def main() -> None:
@@ -92,16 +95,18 @@ def main() -> None:
     model = model_of_release()
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    exact = copy.deepcopy(model).float()
+    checked: set[int] = set()
     rows = []
     for length in arguments.length:
         for batch in arguments.batch:
-            refusal = why_not_fused(model, batch)
-            fused = refusal is None if arguments.mode == "auto" else arguments.mode == "fused"
-            if fused:
-                difference = check(model, batch)
-                if not difference < TOLERANCE:
-                    sys.exit(f"batch {batch}: fused and module steps differ by {difference:.4f}; no number")
-                print(f"batch {batch}: fused against modules, relative difference {difference:.5f}")
+            fused = why_not_fused(model) is None if arguments.mode == "auto" else arguments.mode == "fused"
+            if fused and batch not in checked:
+                modules, of_fused = check(model, exact, batch)
+                print(f"batch {batch}: relative error against float32: modules {modules:.4f}, fused {of_fused:.4f}")
+                if not of_fused <= WORSE * modules:
+                    sys.exit(f"the fused step's error may be {WORSE} times the modules'; no number")
+                checked.add(batch)
             cache = filled(model, batch, length, 64)
             step = DecodeStep(model, cache, fused=fused)
             measured = spread(graph_times(step.run))

@@ -123,8 +123,7 @@ def run_loop(
     Returns:
         (b, n) new tokens, ended rows filled with `pad`.
     """
-    rows = first_logits.shape[0]
-    step = DecodeStep(model, cache, fused=first_logits.is_cuda and why_not_fused(model, rows) is None)
+    step = DecodeStep(model, cache, fused=first_logits.is_cuda and why_not_fused(model) is None)
     choice = Choice(step, processors, sample=sample, eos=eos, pad=pad, room=new_tokens + _CHECK_EVERY)
     choice(first_logits)
 

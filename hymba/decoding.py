@@ -2,7 +2,7 @@
 
 A step reads the current token of every row, runs all layers on a static `HymbaCache` and leaves logits. Two versions
 with one meaning: `modules` runs the model as it stands (hooks, adapters and quantised layers included); `fused` runs
-nine kernels per layer for small batches of plain weights. Neither reads anything back from the device.
+few kernels per layer over plain weights. Neither reads anything back from the device.
 """
 
 from __future__ import annotations
@@ -13,24 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba.cache import HymbaCache
-from hymba.nn import HybridHeads, HymbaBlock, Span, rope_tables
+from hymba.nn import HybridHeads, HymbaBlock, Span
 
 if TYPE_CHECKING:
     from hymba.model import HymbaForCausalLM
 
 
-FUSED_ROWS = 16
-"""Rows up to which the fused kernels serve."""
-
-
-def why_not_fused(model: HymbaForCausalLM, rows: int) -> str | None:
-    """Why the fused step cannot serve this model and batch size, or `None`."""
-    if rows > FUSED_ROWS:
-        return f"{rows} rows; up to {FUSED_ROWS}"
+def why_not_fused(model: HymbaForCausalLM) -> str | None:
+    """Why the fused step cannot serve this model, or `None`."""
     dtypes = {p.dtype for p in model.parameters()}
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
@@ -86,27 +79,17 @@ class DecodeStep:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.logits = torch.zeros(rows, model.config.vocab_size, device=device)
+        self._fused = None
         if fused:
-            self._buffers(device)
+            from hymba.fused_decoding import FusedStep
 
-    def _buffers(self, device: torch.device) -> None:
-        config, dtype, rows = self.model.config, self.model.dtype, self.rows
-        assert self.cache.max_length is not None
-        positions = torch.arange(self.cache.max_length + config.num_memory_tokens, device=device)[None]
-        cos, sin = rope_tables(positions, head_dim=config.head_dim, base=config.rope_base)
-        self.cos, self.sin = cos[0], sin[0]
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(rows, *shape, dtype=dtype, device=device)
-
-        self.q = empty(config.num_attention_heads, config.head_dim)
-        self.scanned = empty(config.d_inner)
+            self._fused = FusedStep(model, cache, tokens=self.tokens, active=self.active, logits=self.logits)
 
     def run(self) -> None:
         """Take in `tokens`, leave `logits`, move the cache on by one."""
         with torch.inference_mode(False), torch.no_grad():
-            if self.fused:
-                self._run_fused()
+            if self._fused is not None:
+                self._fused()
             else:
                 self._run_modules()
             assert self.cache.seen is not None
@@ -125,60 +108,6 @@ class DecodeStep:
         )
         x, _, _ = body._run(x, self.cache.layers, span, self.cache, False, False)
         self.logits.copy_(self.model.lm_head(body.final_norm(x))[:, 0])
-
-    def _run_fused(self) -> None:
-        from hymba.ops.triton.decode_attention import decode_attention
-        from hymba.ops.triton.decode_mamba import mamba_step, rotate_and_write
-        from hymba.ops.triton.small_linear import small_linear
-
-        body, cache = self.model.model, self.cache
-        seen = cache.seen
-        assert seen is not None
-        x = F.embedding(self.tokens, body.embed_tokens.weight)
-        at = seen + self.model.config.num_memory_tokens
-        cos, sin = self.cos[at], self.sin[at]
-        for i, block in enumerate(body.layers):
-            assert isinstance(block, HymbaBlock)
-            mixer, mamba, attention = block.mixer, block.mixer.mamba, block.mixer.attention
-            state = cache.layers[i]
-            lender = body.lenders[i]
-            lending = state if lender is None else cache.layers[lender]
-            assert lending.kv is not None and lending.kv.keys is not None and lending.kv.values is not None
-            keys, values = lending.kv.keys, lending.kv.values
-            parts = small_linear(x, mixer.in_proj.weight, norm=block.input_norm.weight, eps=block.input_norm.eps,
-                                 bias=mixer.in_proj.bias).split(mixer.splits, dim=-1)  # fmt: skip
-            q, u, z = parts[0], parts[-2], parts[-1]
-            k, v = (parts[1], parts[2]) if lender is None else (None, None)
-            rotate_and_write(
-                q, k, v, cos, sin, keys=keys, values=values, position=seen, q_out=self.q, valid=self.active
-            )
-            attended = decode_attention(
-                self.q[:, None], keys, values, seen, window=attention.window,
-                prefix_k=lending.prefix_k, prefix_v=lending.prefix_v,
-            )  # fmt: skip
-            assert state.conv is not None and state.ssm is not None and mamba.conv1d.bias is not None
-            conv_weight = mamba.conv1d.weight[:, 0]
-            low = small_linear(u, mamba.x_proj.weight, conv=(conv_weight, mamba.conv1d.bias, state.conv))
-            scanned = mamba_step(
-                u, z, low, conv_state=state.conv, conv_weight=conv_weight, conv_bias=mamba.conv1d.bias,
-                dt_weight=mamba.dt_proj.weight, dt_bias=mamba.dt_bias, A_log=mamba.A_log, D=mamba.D,
-                dt_norm=mamba.dt_norm.weight, b_norm=mamba.B_norm.weight, c_norm=mamba.C_norm.weight,
-                ssm_state=state.ssm, eps=mamba.dt_norm.eps, out=self.scanned, valid=self.active,
-            )  # fmt: skip
-            small_linear(
-                attended[:, 0], mixer.out_proj.weight, norm=mixer.attention_norm.weight, eps=mixer.attention_norm.eps,
-                merge=(scanned, mixer.mamba_norm.weight), bias=mixer.out_proj.bias, add_to=x,
-            )  # fmt: skip
-            if block.mlp is None:
-                continue
-            assert block.ffn_norm is not None
-            gate = None if block.mlp.gate_proj is None else block.mlp.gate_proj.weight
-            inner = small_linear(x, block.mlp.up_proj.weight, norm=block.ffn_norm.weight, eps=block.ffn_norm.eps,
-                                 gate=gate, relu2=gate is None)  # fmt: skip
-            small_linear(inner, block.mlp.down_proj.weight, add_to=x)
-        logits = small_linear(x, self.model.lm_head.weight, norm=body.final_norm.weight, eps=body.final_norm.eps,
-                              out_dtype=torch.float32)  # fmt: skip
-        self.logits.copy_(logits)
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:

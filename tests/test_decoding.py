@@ -133,4 +133,4 @@ def test_a_step_needs_a_static_cache_with_a_prompt() -> None:
 
 def test_why_not_fused_names_the_reason() -> None:
     model = build(kq_norm="rms")
-    assert "query/key norms" in (why_not_fused(model, 1) or "")
+    assert "query/key norms" in (why_not_fused(model) or "")

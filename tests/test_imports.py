@@ -33,7 +33,7 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
 CORE = "cache nn ops config layout"
-MODEL = f"model decode_loop decoding generation loading hub inputs cost {CORE}"
+MODEL = f"model decode_loop decoding fused_decoding generation loading hub inputs cost {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
@@ -45,7 +45,8 @@ ROOMS = {
     "hub": room("config layout"),
     "saving": room(packages=""),
     "loading": room("hub saving config layout"),
-    "decoding": room(CORE, refused=NO_TRANSFORMERS),
+    "decoding": room(f"fused_decoding {CORE}", refused=NO_TRANSFORMERS),
+    "fused_decoding": room(CORE, refused=NO_TRANSFORMERS),
     "decode_loop": room(f"decoding {CORE}"),
     "generation": room(f"decode_loop decoding inputs {CORE}"),
     "model": room(f"generation decode_loop decoding loading inputs {CORE}"),

@@ -22,7 +22,16 @@ from triton.runtime import JITFunction
 from triton.runtime import driver as drivers
 
 from hymba.ops.scan_inputs import ScanInputs
-from hymba.ops.triton import conv, decode, scan, scan_backward
+from hymba.ops.triton import (
+    conv,
+    decode,
+    decode_attention,
+    decode_mamba,
+    decode_rows,
+    gemv,
+    scan,
+    scan_backward,
+)
 
 
 class _Absent:
@@ -94,6 +103,45 @@ def main(capability: int, quick: bool) -> None:
         decode.conv_update(torch.zeros(b, k - 1, d, dtype=dtype), x[:, 0], arguments[1], arguments[2], valid, True)
         gate, bias = (z[:, 0], vector) if rich else (None, None)
         decode.state_update(state, x[:, 0], dt[:, 0], inputs.A, small[:, 0], small[:, 0], inputs.D, gate, bias, valid)
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        decode_step(dtype, capability >= 90)
+
+
+def decode_step(dtype: torch.dtype, dependent: bool) -> None:
+    """The kernels of a fused decode step, in the widths of the release."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    for module in (gemv, decode_attention, decode_mamba, decode_rows):
+        module.overlaps = lambda x: {"OVERLAPS": dependent, "launch_pdl": dependent}
+    one, wide, inner = zeros(1, 1600), zeros(1, 3200), zeros(1, 5504)
+    gemv.gemv(one, zeros(8960, 1600), norm=zeros(1600))
+    gemv.gemv(wide, zeros(132, 3200), conv=(zeros(3200, 4), zeros(3200), zeros(1, 3, 3200)))
+    gemv.gemv(wide, zeros(1600, 3200), norm=zeros(3200), merge=(wide, zeros(3200)), add_to=one)
+    gemv.gemv(one, zeros(5504, 1600), norm=zeros(1600), gate=zeros(5504, 1600))
+    gemv.gemv(inner, zeros(1600, 5504), add_to=one)
+    gemv.gemv(one, zeros(320, 1600), norm=zeros(1600), out=torch.zeros(1, 320))
+    for rows, window in ((1, 1024), (16, None)):
+        position, count = torch.zeros(rows, dtype=torch.long), torch.zeros(rows * 5, dtype=torch.int32)
+        table, valid = torch.zeros(2048, 32), torch.ones(rows, dtype=torch.bool)
+        for own in (True, False):
+            decode_attention.decode_attention(
+                zeros(rows, 1600), zeros(rows, 320) if own else None, zeros(rows, 640) if own else None,
+                keys=zeros(rows, 1025, 5, 64), values=zeros(rows, 1025, 5, 128), position=position, cos=table,
+                sin=table, window=window, count=count, prefix_k=zeros(1, 128, 5, 64), prefix_v=zeros(1, 128, 5, 128),
+                valid=valid, splits=4,
+            )  # fmt: skip
+        x = zeros(rows, 3200)
+        conv = (zeros(3200, 4), zeros(3200), zeros(1, 3, 3200)) if rows == 1 else None
+        decode_mamba.mamba_step(
+            x, x, zeros(rows, 132), conv=conv, dt_weight=zeros(3200, 100), dt_bias=zeros(3200),
+            A_log=torch.zeros(3200, 16), D=zeros(3200), dt_norm=zeros(100), b_norm=zeros(16), c_norm=zeros(16),
+            ssm_state=torch.zeros(rows, 3200, 16), eps=1e-6, out=x, valid=valid,
+        )  # fmt: skip
+    decode_rows.norm_rows(x, zeros(3200), eps=1e-6, merge=(x, zeros(3200)))
+    decode_rows.norm_rows(zeros(16, 1600), zeros(1600), eps=1e-6)
+    decode_rows.gate_rows(zeros(16, 5504), zeros(16, 5504))
 
 
 if __name__ == "__main__":

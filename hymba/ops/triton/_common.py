@@ -9,10 +9,14 @@ channels and no more. Time strides and d are compile-time constants: rows then d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents as release_next
+from triton.language.extra.cuda import gdc_wait as wait_for_previous
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -86,3 +90,20 @@ def or_dummy(v: Tensor | None, like: Tensor) -> Tensor:
 def on_device(x: Tensor) -> torch.cuda.device | torch.no_grad:
     """Launches go to x's device, whatever the current one is."""
     return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()
+
+
+def overlaps(x: Tensor) -> dict[str, Any]:
+    """Launch options of a kernel that may start before the one in front of it has finished.
+
+    Such a kernel calls `release_next()` after `wait_for_previous()`, so that no more than two kernels are under way:
+    before it waits it may read weights and what the kernel before the previous one wrote, and write nothing.
+    """
+    if INTERPRETED or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True}
+
+
+__all__ = [
+    "INTERPRETED", "channels_last", "document_start", "element", "on_device", "or_dummy", "overlaps", "release_next",
+    "row", "sigmoid", "softplus", "strides", "wait_for_previous",
+]  # fmt: skip

@@ -1,7 +1,8 @@
-"""Attention of one new token per row over [meta keys | cache slots], split over the keys.
+"""Attention of one new token per row over [meta keys | cache slots | itself], split over the keys, in one launch.
 
-One program takes the query heads of one key head and one stretch of keys; the stretches' partial results are joined
-by their log-sum-exp. The g = h / k queries of a key head stand as rows of one product, so keys are read once.
+One program takes the query heads of one key head and one stretch of keys; the program that finishes last joins the
+stretches by their log-sum-exp. The g = h / k queries of a key head stand as rows of one product, so keys are read once.
+The rotation of query and key and the write of key and value to their cache slot ride along.
 Floor: the bytes of keys and values over the memory bandwidth.
 """
 
@@ -12,18 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Stretches are multiples of this many keys.
-BLOCK = 64
+from ._common import overlaps, release_next, wait_for_previous
+
+MAX_SPLITS = 64
 
 
 @triton.jit
 def _stretch(
     q, k_ptr, v_ptr, k_stride, v_stride, first, last, slots, position, window, m, l, acc,
     D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, WINDOWED: tl.constexpr,
+    OWN: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first..last; returns the running maximum, sum and weighted values.
 
-    SLOTS: the keys are cache slots; slot s holds the largest position p <= position with p % slots == s.
+    SLOTS: the keys are cache slots; slot s holds the largest position p <= position with p % slots == s. OWN: the
+    token's own slot is not read, it may be written at this moment.
     """
     d = tl.arange(0, D)
     e = tl.arange(0, E)
@@ -36,6 +40,8 @@ def _stretch(
             back = (position - s) % slots
             back = tl.where(back < 0, back + slots, back)
             here = here & (back <= position)
+            if OWN:
+                here = here & (back > 0)
             if WINDOWED:
                 here = here & (back <= window)
         scores = tl.dot(q, tl.trans(k), out_dtype=tl.float32, input_precision="ieee")
@@ -50,27 +56,49 @@ def _stretch(
 
 
 @triton.jit
-def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, position_ptr, out_ptr, part_ptr, lse_ptr,
-    slots, prefix, stretch, window, scale,
-    q_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr,
+def attend(
+    b, h, split, q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, cos_ptr, sin_ptr, position_ptr, real_ptr,
+    out_ptr, part_ptr, lse_ptr, count_ptr, heads, splits, slots, prefix, stretch, window, scale,
+    q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1)
-    split = tl.program_id(2)
-    heads = tl.num_programs(1)
+    """One program: row b, key head h, one stretch of the keys."""
+    half: tl.constexpr = D // 2
     g = tl.arange(0, ROWS)
     d = tl.arange(0, D)
     e = tl.arange(0, E)
-    queries = q_ptr + b * q_b + (h * G + g[:, None]) * D + d[None, :]
-    q = tl.load(queries, mask=g[:, None] < G, other=0.0)
-    q = (q * scale).to(q.dtype)
+    turned = (d + half) % D
     position = tl.load(position_ptr + b * position_b).to(tl.int32)
+    cos = tl.load(cos_ptr + position.to(tl.int64) * half + d % half)
+    sin = tl.load(sin_ptr + position.to(tl.int64) * half + d % half)
+    sin = tl.where(d < half, -sin, sin)
+    queries = q_ptr + b * q_b + (h * G + g[:, None]) * D
+    mask = g[:, None] < G
+    straight = tl.load(queries + d[None, :], mask=mask, other=0.0)
+    q = straight.to(tl.float32) * cos[None, :]
+    q += tl.load(queries + turned[None, :], mask=mask, other=0.0).to(tl.float32) * sin[None, :]
+    # Rounded as the modules do it, before the scale.
+    q = (q.to(straight.dtype).to(tl.float32) * scale).to(straight.dtype)
     m = tl.full((ROWS,), -1.0e30, tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, E), tl.float32)
+    if OWN:
+        if split == 0:
+            # The token sees itself; its key and value go to their slot unless the row is at rest.
+            key = tl.load(new_k_ptr + b * new_k_b + h * D + d).to(tl.float32) * cos
+            key += tl.load(new_k_ptr + b * new_k_b + h * D + turned).to(tl.float32) * sin
+            key = key.to(k_ptr.dtype.element_ty)
+            value = tl.load(new_v_ptr + b * new_v_b + h * E + e).to(v_ptr.dtype.element_ty)
+            real = True
+            if MASKED:
+                real = tl.load(real_ptr + b) != 0
+            slot = position % slots
+            tl.store(k_ptr + b * k_b + slot * k_s + h * k_h + d, key, mask=(d < D) & real)
+            tl.store(v_ptr + b * v_b + slot * v_s + h * v_h + e, value, mask=(e < E) & real)
+            m = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], axis=1)
+            l += 1.0
+            acc += value.to(tl.float32)[None, :]
     # The stretches cover the meta keys, then the slots.
     begin = split * stretch
     # Slots behind the token's own were never written.
@@ -78,98 +106,138 @@ def _decode_kernel(
     m, l, acc = _stretch(
         q, pk_ptr + b * pk_b + h * pk_h, pv_ptr + b * pv_b + h * pv_h, pk_s, pv_s,
         tl.minimum(begin, prefix), tl.minimum(end, prefix), slots, position, window, m, l, acc,
-        D, E, BLOCK, False, False,
+        D, E, BLOCK, False, False, False,
     )  # fmt: skip
     m, l, acc = _stretch(
         q, k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h, k_s, v_s,
         tl.maximum(begin, prefix) - prefix, tl.maximum(end, prefix) - prefix,
-        slots, position, window, m, l, acc, D, E, BLOCK, True, WINDOWED,
+        slots, position, window, m, l, acc, D, E, BLOCK, True, WINDOWED, OWN,
     )  # fmt: skip
     row = (b * heads + h) * G + g
-    if SPLITS == 1:
+    if PADDED == 1:
         out = acc / tl.maximum(l, 1.0e-30)[:, None]
-        tl.store(out_ptr + row[:, None] * E + e[None, :], out.to(out_ptr.dtype.element_ty), mask=g[:, None] < G)
+        tl.store(out_ptr + row[:, None] * E + e[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        at = row * SPLITS + split
-        tl.store(part_ptr + at[:, None] * E + e[None, :], acc, mask=g[:, None] < G)
+        at = row * splits + split
+        tl.store(part_ptr + at[:, None] * E + e[None, :], acc, mask=mask)
         tl.store(lse_ptr + at * 2, m, mask=g < G)
         tl.store(lse_ptr + at * 2 + 1, l, mask=g < G)
+        # All threads' stores stand before the count, and the count before what is read of other programs.
+        tl.debug_barrier()
+        done = tl.atomic_add(count_ptr + b * heads + h, 1, sem="acq_rel", scope="gpu")
+        if done == splits - 1:
+            tl.debug_barrier()
+            tl.store(count_ptr + b * heads + h, 0)
+            s = tl.arange(0, PADDED)
+            here = s < splits
+            for i in tl.static_range(G):
+                first = ((b * heads + h) * G + i) * splits
+                top = tl.load(lse_ptr + (first + s) * 2, mask=here, other=-1.0e30, cache_modifier=".cg")
+                total = tl.load(lse_ptr + (first + s) * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+                share = tl.exp2(top - tl.max(top, axis=0))
+                part = tl.load(
+                    part_ptr + (first + s[:, None]) * E + e[None, :], mask=here[:, None], other=0.0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
+                joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(total * share, axis=0), 1.0e-30)
+                tl.store(out_ptr + ((b * heads + h) * G + i) * E + e, joined.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _join_kernel(part_ptr, lse_ptr, out_ptr, SPLITS: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr):
-    """One query head: join its stretches."""
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, PADDED)
-    e = tl.arange(0, E)
-    here = s < SPLITS
-    m = tl.load(lse_ptr + (row * SPLITS + s) * 2, mask=here, other=-1.0e30)
-    l = tl.load(lse_ptr + (row * SPLITS + s) * 2 + 1, mask=here, other=0.0)
-    share = tl.exp2(m - tl.max(m, axis=0))
-    part = tl.load(part_ptr + (row * SPLITS + s[:, None]) * E + e[None, :], mask=here[:, None], other=0.0)
-    out = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(l * share, axis=0), 1.0e-30)
-    tl.store(out_ptr + row * E + e, out.to(out_ptr.dtype.element_ty))
+def _decode_kernel(
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, cos_ptr, sin_ptr, position_ptr, real_ptr,
+    out_ptr, part_ptr, lse_ptr, count_ptr, slots, prefix, stretch, window, scale,
+    q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    if OVERLAPS:
+        wait_for_previous()
+        release_next()
+    attend(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2),
+        q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, cos_ptr, sin_ptr, position_ptr, real_ptr,
+        out_ptr, part_ptr, lse_ptr, count_ptr, tl.num_programs(1), tl.num_programs(2),
+        slots, prefix, stretch, window, scale,
+        q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
+        G, ROWS, D, E, BLOCK, PADDED, WINDOWED, OWN, MASKED,
+    )  # fmt: skip
 
 
-def splits_for(rows: int, heads: int, keys: int, programs: int) -> int:
+def splits_for(rows: int, heads: int, keys: int, programs: int, block: int) -> int:
     """Stretches per row and key head, so that at least about `programs` programs run."""
     wanted = -(-programs // (rows * heads))
-    return max(1, min(wanted, -(-keys // BLOCK), 64))
+    return max(1, min(wanted, -(-keys // block), MAX_SPLITS))
 
 
 def decode_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     *,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     window: int | None,
+    count: Tensor,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
+    valid: Tensor | None = None,
     splits: int | None = None,
+    block: int | None = None,
 ) -> Tensor:
-    """Attention of a single token per row.
+    """Attention of a single token per row, which writes its own key and value to the cache.
 
     Args:
-        q: (b, 1, h, d), rotated. k: (b, s, k, d), rotated. v: (b, s, k, e). d and e are powers of two from 16.
-        position: (b or 1,) text position of the token, whose key stands in slot `position % s` already.
+        q: (b, h * d), not rotated; k: (b, kv * d) and v: (b, kv * e), not rotated, or `None` on a layer that borrows
+            (the token's key then stands in its slot already). Rows may be strided. d and e are powers of two from 16.
+        keys: (b, s, kv, d), rotated, and values: (b, s, kv, e), written in place.
+        position: (b or 1,) text position of the token; its slot is `position % s`.
+        cos, sin: (positions, d / 2) float32 tables by text position.
         window: past positions visible; `None` for all.
-        prefix_k, prefix_v: (b or 1, m, k, d) and (b or 1, m, k, e), keys that every query sees.
-        splits: stretches per row and key head; by default enough to fill the device.
+        count: (b * kv,) int32 zeros, zero again afterwards.
+        prefix_k, prefix_v: (b or 1, m, kv, d) and (b or 1, m, kv, e), keys that every query sees.
+        valid: (b,) bool; rows at rest write nothing.
+        splits: stretches per row and key head; by default enough to fill the device. block: keys at a time.
 
     Returns:
-        (b, 1, h * e) in `v.dtype`.
+        (b, h * e) in `values.dtype`.
     """
-    b, _, h, d = q.shape
-    slots, heads, e = k.shape[1], k.shape[2], v.shape[3]
+    rows, slots, heads, d = keys.shape
+    e = values.shape[3]
+    h = q.shape[1] // d
     prefix = 0 if prefix_k is None else prefix_k.shape[1]
     if prefix_k is None or prefix_v is None:
-        prefix_k, prefix_v = k[:, :0], v[:, :0]
+        prefix_k, prefix_v = keys[:, :0], values[:, :0]
+    if block is None:
+        block = 64 if rows > 4 else 32
     if splits is None:
         programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = splits_for(b, heads, prefix + slots, programs)
-    stretch = -(-(prefix + slots) // (splits * BLOCK)) * BLOCK
+        splits = splits_for(rows, heads, prefix + slots, programs, block)
+    stretch = -(-(prefix + slots) // (splits * block)) * block
     splits = -(-(prefix + slots) // stretch)
-    q = q.contiguous()
-    out = torch.empty(b, 1, h * e, dtype=v.dtype, device=q.device)
+    out = torch.empty(rows, h * e, dtype=values.dtype, device=q.device)
     part = lse = out
     if splits > 1:
-        part = torch.empty(b * h * splits * e, dtype=torch.float32, device=q.device)
-        lse = torch.empty(b * h * splits * 2, dtype=torch.float32, device=q.device)
+        part = torch.empty(rows * h * splits * e, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows * h * splits * 2, dtype=torch.float32, device=q.device)
+    new_k, new_v = (q, q) if k is None or v is None else (k, v)
 
     def row_stride(tensor: Tensor) -> int:
         return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
-    _decode_kernel[(b, heads, splits)](
-        q, k, v, prefix_k, prefix_v, position, out, part, lse,
-        slots, prefix, stretch, window or 0, d**-0.5 * 1.4426950408889634,
-        q.stride(0), row_stride(k), k.stride(1), k.stride(2), row_stride(v), v.stride(1), v.stride(2),
+    flags = overlaps(q)
+    _decode_kernel[(rows, heads, splits)](
+        q, new_k, new_v, keys, values, prefix_k, prefix_v, cos, sin, position, q if valid is None else valid,
+        out, part, lse, count, slots, prefix, stretch, window or 0, d**-0.5 * 1.4426950408889634,
+        row_stride(q), row_stride(new_k), row_stride(new_v), row_stride(keys), keys.stride(1), keys.stride(2),
+        row_stride(values), values.stride(1), values.stride(2),
         row_stride(prefix_k), prefix_k.stride(1), prefix_k.stride(2),
-        row_stride(prefix_v), prefix_v.stride(1), prefix_v.stride(2),
-        row_stride(position),
-        G=h // heads, ROWS=max(16, triton.next_power_of_2(h // heads)), D=d, E=e, BLOCK=BLOCK, SPLITS=splits,
-        WINDOWED=window is not None, num_warps=4,
+        row_stride(prefix_v), prefix_v.stride(1), prefix_v.stride(2), row_stride(position),
+        G=h // heads, ROWS=max(16, triton.next_power_of_2(h // heads)), D=d, E=e, BLOCK=block,
+        PADDED=triton.next_power_of_2(splits), WINDOWED=window is not None, OWN=k is not None,
+        MASKED=valid is not None, num_warps=4, **flags,
     )  # fmt: skip
-    if splits > 1:
-        _join_kernel[(b * h,)](part, lse, out, SPLITS=splits, PADDED=triton.next_power_of_2(splits), E=e, num_warps=4)
     return out

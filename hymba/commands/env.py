@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -13,7 +14,7 @@ from hymba.commands import options as opt
 
 _PACKAGES = (
     "hymba torch transformers tokenizers safetensors accelerate huggingface_hub numpy einops datasets peft triton "
-    "mamba-ssm causal-conv1d flash-attn"
+    "mamba-ssm causal-conv1d flash-attn flash-attn-4"
 ).split()
 
 
@@ -40,11 +41,11 @@ def env(as_json: opt.AsJson = False) -> None:
         grid.add_row("device", device)
     console.print(grid, highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("op", "backend", "usable", "why not, or when"):
-        table.add_column(name)
+    for name in ("op", "backend", "version", "usable", "why not"):
+        table.add_column(name, no_wrap=name != "why not")
     for row in facts["backends"]:
         usable = "[green]yes[/green]" if row["usable"] else "[dim]no[/dim]"
-        table.add_row(row["op"], row["backend"], usable, Text(row["reason"]))
+        table.add_row(row["op"], row["backend"], row["version"] or "", usable, Text(row["reason"]))
     console.print("", table, sep="\n", highlight=False)
 
 
@@ -62,10 +63,7 @@ def describe() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "backends": [
-            {"op": row.op, "backend": row.backend, "usable": row.usable, "reason": row.reason}
-            for row in backend.available()
-        ],
+        "backends": [dataclasses.asdict(row) for row in backend.available()],
     }
 
 

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapters import causal_conv1d as conv_package
+from .adapters import mamba_ssm
+
 ENV = "HYMBA_BACKEND"
 
 
@@ -29,10 +32,15 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What a choice depends on: the activations and, for the scan, A (its states), else the conv weight (its taps)."""
+    """What a choice depends on: the activations and, for the scan, A (its states), else the conv weight (its taps).
+
+    The rest is None where the call has none.
+    """
 
     x: Tensor
     weight: Tensor
+    initial_state: Tensor | None = None
+    seq_idx: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of ``available()``."""
+    """One line of ``available()``; version is that of the package that the backend comes from, None without it."""
 
     op: str
     backend: str
     usable: bool
     reason: str
+    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class _Backend:
     probe: Callable[[], str | None] = lambda: None
     serves: Callable[[Call], str | None] = lambda call: None
     automatic: Callable[[Call], bool] = lambda call: True
+    package: str = "torch"
 
 
 def _interpreted() -> bool:
@@ -104,26 +114,25 @@ def _triton_conv_serves(call: Call) -> str | None:
     return _triton_serves(call)
 
 
-def _probe_package(name: str, extension: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (pip install 'hymba[cuda]')"
-    if importlib.util.find_spec(extension) is None:
-        return f"{name} is installed without its compiled extension {extension}"
-    return f"{name} {importlib.metadata.version(name)} is installed, and hymba has no adapter for it yet"
+def _on_gpu(call: Call) -> bool:
+    return call.x.is_cuda
 
 
 _REFERENCE = _Backend(automatic=lambda call: False)
 _TORCH = _Backend()
-_TRITON = _Backend(_probe_triton, _triton_serves, lambda call: call.x.is_cuda)
-_TRITON_CONV = _Backend(_probe_triton, _triton_conv_serves, lambda call: call.x.is_cuda)
-_MAMBA_SSM = _Backend(lambda: _probe_package("mamba_ssm", "selective_scan_cuda"))
-_CONV = _Backend(lambda: _probe_package("causal_conv1d", "causal_conv1d_cuda"))
+_TRITON = _Backend(_probe_triton, _triton_serves, _on_gpu, "triton")
+_TRITON_CONV = _Backend(_probe_triton, _triton_conv_serves, _on_gpu, "triton")
+# The packages stand behind Triton: used by themselves where it is missing or does not serve.
+_MAMBA_SCAN = _Backend(mamba_ssm.probe_scan, mamba_ssm.serves_scan, _on_gpu, "mamba-ssm")
+_MAMBA_STEP = _Backend(mamba_ssm.probe_update, mamba_ssm.serves_update, _on_gpu, "mamba-ssm")
+_CONV = _Backend(conv_package.probe, conv_package.serves, _on_gpu, "causal-conv1d")
+_CONV_STEP = _Backend(conv_package.probe, conv_package.serves_update, _on_gpu, "causal-conv1d")
 
 _TABLE: dict[str, dict[str, _Backend]] = {
-    "selective_scan": {"triton": _TRITON, "mamba_ssm": _MAMBA_SSM, "torch": _TORCH, "reference": _REFERENCE},
-    "selective_state_update": {"triton": _TRITON, "torch": _TORCH},
+    "selective_scan": {"triton": _TRITON, "mamba_ssm": _MAMBA_SCAN, "torch": _TORCH, "reference": _REFERENCE},
+    "selective_state_update": {"triton": _TRITON, "mamba_ssm": _MAMBA_STEP, "torch": _TORCH},
     "causal_conv1d": {"triton": _TRITON_CONV, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
-    "causal_conv1d_update": {"triton": _TRITON, "torch": _TORCH},
+    "causal_conv1d_update": {"triton": _TRITON, "causal_conv1d": _CONV_STEP, "torch": _TORCH},
 }
 _FORCED: dict[str, str] = {}
 _FAILED: dict[tuple[str, str], str] = {}
@@ -167,8 +176,8 @@ def _refusal(op: str, name: str) -> str | None:
 
 
 def wants_kernel(op: str, name: str, was_forced: bool) -> bool:
-    """Whether to try a Triton kernel: chosen, and not known to fail (what compiled code chose may be old)."""
-    return name == "triton" and (was_forced or (op, name) not in _FAILED)
+    """Whether to try a kernel: chosen, and not known to fail (what compiled code chose may be old)."""
+    return name not in ("torch", "reference") and (was_forced or (op, name) not in _FAILED)
 
 
 def kernel_failed(op: str, name: str, error: Exception, *, was_forced: bool) -> None:
@@ -190,7 +199,18 @@ def kernel_failed(op: str, name: str, error: Exception, *, was_forced: bool) -> 
 
 def available() -> list[Row]:
     """Every op and implementation, usable or why not. A usable one may still refuse single calls."""
-    return [Row(op, name, (why := _refusal(op, name)) is None, why or "") for op in _TABLE for name in _TABLE[op]]
+    return [
+        Row(op, name, (why := _refusal(op, name)) is None, why or "", _version(entry.package))
+        for op, table in _TABLE.items()
+        for name, entry in table.items()
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from ._checks import check_lengths, check_seq_idx, check_shape, compute_dtype, document_starts, no_autocast
+from .adapters import causal_conv1d as package
 
 OP = "causal_conv1d"
 UPDATE = "causal_conv1d_update"
@@ -64,7 +65,7 @@ def causal_conv1d(
     check_lengths(lengths, b)
     check_seq_idx(seq_idx, b, l)
     _check_activation(activation)
-    choice = _backend.resolve(OP, backend, _backend.Call(x, weight))
+    choice = _backend.resolve(OP, backend, _backend.Call(x, weight, initial_state, seq_idx))
     arguments = (x, weight, bias, initial_state, lengths, seq_idx)
     if choice.name == "reference":
         return causal_conv1d_ref(*arguments, activation)
@@ -196,6 +197,9 @@ def _conv(
     """Returns y and the final state."""
     if _backend.wants_kernel(OP, kernel, forced):
         try:
+            if kernel == "causal_conv1d":
+                y = package.forward(x, weight, bias, initial_state, lengths, seq_idx, silu)
+                return y, _final_window(x, initial_state, lengths, seq_idx, weight.shape[1])
             from .triton import conv
 
             return conv.forward(x, weight, bias, initial_state, lengths, _packed_offsets(x, lengths, seq_idx), silu)
@@ -208,17 +212,24 @@ def _conv(
             F.silu(y, inplace=True)
         if taps.pad is not None:
             y.masked_fill_(taps.pad[..., None], 0.0)
-        # The window is read from the inputs themselves: nothing to round, nothing to convert.
-        h0 = x.new_zeros(1, taps.k - 1, taps.d) if initial_state is None else initial_state.to(x.dtype)
-        index = _window_index(taps.offset, lengths, taps.k)
-        rows = torch.arange(taps.b, device=x.device)[:, None]
-        if taps.l == 0:
-            final = h0.expand(taps.b, -1, -1)
-        else:
-            from_x = x[rows, (index - (taps.k - 1)).clamp_min(0)]
-            from_h0 = h0.expand(taps.b, -1, -1)[rows, index.clamp_max(taps.k - 2)]
-            final = torch.where((index >= taps.k - 1)[..., None], from_x, from_h0)
-        return y.to(x.dtype), final.clone(memory_format=torch.contiguous_format)
+        return y.to(x.dtype), _final_window(x, initial_state, lengths, seq_idx, taps.k)
+
+
+def _final_window(
+    x: Tensor, initial_state: Tensor | None, lengths: Tensor | None, seq_idx: Tensor | None, k: int
+) -> Tensor:
+    """The last k - 1 real inputs (b, k-1, d), read from the inputs themselves: nothing to round or to convert."""
+    b, l, d = x.shape
+    h0 = x.new_zeros(1, k - 1, d) if initial_state is None else initial_state.to(x.dtype)
+    h0 = h0.expand(b, -1, -1)
+    if l == 0:
+        return h0.clone(memory_format=torch.contiguous_format)
+    index = _window_index(_document_offsets(b, l, lengths, seq_idx, x.device), lengths, k)
+    rows = torch.arange(b, device=x.device)[:, None]
+    from_x = x[rows, (index - (k - 1)).clamp_min(0)]
+    from_h0 = h0[rows, index.clamp_max(k - 2)]
+    final = torch.where((index >= k - 1)[..., None], from_x, from_h0)
+    return final.clone(memory_format=torch.contiguous_format)
 
 
 @_conv.register_fake
@@ -280,6 +291,8 @@ def _through_y(
     """What y alone sends back: dx (b, l, d), dweight (d, k), dbias (d,), dinitial (b, k-1, d)."""
     if _backend.wants_kernel(OP, kernel, forced):
         try:
+            if kernel == "causal_conv1d":
+                return package.backward(dy, x, weight, bias, initial_state, lengths, seq_idx, silu)
             from .triton import conv
 
             offset = _packed_offsets(x, lengths, seq_idx)
@@ -360,6 +373,8 @@ def causal_conv1d_update(
     choice = _backend.resolve(UPDATE, backend, _backend.Call(x, weight))
     if _backend.wants_kernel(UPDATE, choice.name, choice.forced):
         try:
+            if choice.name == "causal_conv1d":
+                return package.update(state, x, weight, bias, valid, activation == "silu")
             from .triton import decode
 
             return decode.conv_update(state, x, weight, bias, valid, activation == "silu")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from ._checks import check_lengths, check_seq_idx, check_shape, compute_dtype, document_starts, no_autocast
+from .adapters import mamba_ssm
 from .scan_inputs import ScanInputs
 from .scan_op import OP, run_scan
 
@@ -60,9 +61,15 @@ def selective_scan(
     """
     _check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, lengths, seq_idx)
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, lengths, seq_idx)
-    choice = _backend.resolve(OP, backend, _backend.Call(x, A))
+    choice = _backend.resolve(OP, backend, _backend.Call(x, A, initial_state, seq_idx))
     if choice.name == "reference":
         return selective_scan_ref(*inputs)
+    if choice.name == "mamba_ssm":
+        try:
+            return mamba_ssm.scan(inputs)
+        except Exception as error:
+            _backend.kernel_failed(OP, choice.name, error, was_forced=choice.forced)
+            choice = _backend.Choice("torch", False)
     return run_scan(inputs, choice.name, choice.forced)
 
 
@@ -177,6 +184,8 @@ def selective_state_update(
     choice = _backend.resolve(UPDATE, backend, _backend.Call(x, A))
     if _backend.wants_kernel(UPDATE, choice.name, choice.forced):
         try:
+            if choice.name == "mamba_ssm":
+                return mamba_ssm.state_update(state, x, dt, A, B, C, D, z, dt_bias, valid)
             from .triton import decode
 
             return decode.state_update(state, x, dt, A, B, C, D, z, dt_bias, valid)

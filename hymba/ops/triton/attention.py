@@ -1,0 +1,278 @@
+"""Attention of many queries over [meta keys | cached keys | own keys]: the forward pass.
+
+A program owns one key head and a tile of rows; the g = h / k queries of a token that share the key head are
+neighbouring rows, so a tile of 128 rows spans 26 tokens and the window's ragged ends cost little. It visits the
+prefix, then only the text keys that some row of the tile sees, block by block with an online softmax; where all rows
+see all keys of a block no mask is computed. Sources are read where they lie, through strides.
+
+Keys have relative positions r: query i of this call stands at i, its own key too, earlier text is negative. KEYS says
+where the key of r lies:
+
+    OWN           row r; there is no earlier text
+    RING_AND_OWN  own keys in rows slots + r, behind a ring of `slots` rows where position p has row p % slots
+    BUFFER        row start + r: a buffer in order of position that holds the own keys already
+    RING          row (start + r) % slots: a ring that holds the own keys already
+
+Floor: 2 (d + e) operations per visible pair on the matrix units, and one exponential.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import on_device
+
+OWN, RING_AND_OWN, BUFFER, RING = 0, 1, 2, 3
+LOG2_E = 1.4426950408889634
+HIDDEN = tl.constexpr(-1.0e30)
+"""A score that no visible key has."""
+
+
+class Tile(NamedTuple):
+    """Rows (queries times heads) and keys of one block, and how a program runs it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+# By bytes per element and the wider head; measured on an H200 with `python -m benchmarks.attention --sweep`.
+TILES: dict[tuple[int, int], Tile] = {
+    (2, 64): Tile(128, 64, 4, 3),
+    (2, 128): Tile(128, 64, 4, 3),
+    (2, 256): Tile(64, 64, 4, 2),
+    (4, 64): Tile(32, 32, 4, 2),
+    (4, 128): Tile(32, 32, 4, 2),
+    (4, 256): Tile(16, 32, 4, 2),
+}
+
+
+def tile_for(table: dict[tuple[int, int], Tile], v: Tensor, d: int) -> Tile:
+    return table[v.element_size(), max(64, d, v.shape[-1])]
+
+
+@triton.jit
+def key_row(r, start, length, slots, KEYS: tl.constexpr):
+    """The row of the key at relative position r (a vector); one past the last own key gets the last one's row."""
+    r = tl.minimum(r, length - 1)
+    if KEYS == 0:
+        row = r
+    elif KEYS == 2:
+        row = start + r
+    else:
+        turned = start % slots + r
+        turned = tl.where(turned < 0, turned + slots, turned)
+        if KEYS == 1:
+            row = tl.where(r < 0, turned, slots + r)
+        else:
+            row = tl.where(turned >= slots, turned - slots, turned)
+    return row
+
+
+@triton.jit
+def visible_keys(
+    rows, tile, start, low_row, length, window, slots,
+    G: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Relative positions that the rows of a tile see.
+
+    Returns each row's query and lowest key, the tile's first and last query, the first key that any row sees and the
+    first that all rows see.
+    """
+    query = rows // G
+    first = tile * M // G
+    last = tl.minimum((tile * M + M - 1) // G, length - 1)
+    oldest = 0
+    if KEYS == 1:
+        oldest = -tl.minimum(start, slots)
+    elif KEYS != 0:
+        oldest = -start
+    if BOUNDED:
+        low = tl.load(low_row + tl.minimum(query, length - 1))
+        begin = tl.load(low_row + first)
+        common = tl.load(low_row + last)
+    elif WINDOWED:
+        low = query - window
+        begin = tl.maximum(first - window, oldest)
+        common = last - window
+    else:
+        low = query * 0 + oldest
+        begin = oldest
+        common = oldest
+    return query, low, first, last, begin, common
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, start_ptr, low_ptr, out_ptr, lse_ptr,
+    length, prefix, window, slots, stats, scale,
+    q_b, q_l, q_h, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, start_b, low_b,
+    G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr,
+    PREFIX: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Later tiles see more keys; the long ones go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, D)
+    e = tl.arange(0, E)
+    n = tl.arange(0, N)
+    rows = tile * M + tl.arange(0, M)
+    here = rows < length * G
+    start = 0
+    if KEYS != 0:
+        start = tl.load(start_ptr + b * start_b).to(tl.int32)
+    query, low, first, last, begin, common = visible_keys(
+        rows, tile, start, low_ptr + b * low_b, length, window, slots, G, M, KEYS, WINDOWED, BOUNDED
+    )
+    heads = head * G + rows % G
+    q_at = q_ptr + b * q_b + (query.to(tl.int64) * q_l + heads * q_h)[:, None] + d[None, :]
+    q = tl.load(q_at, mask=here[:, None], other=0.0)
+    k_base, v_base = k_ptr + b * k_b + head * k_h, v_ptr + b * v_b + head * v_h
+    pk_base, pv_base = pk_ptr + b * pk_b + head * pk_h, pv_ptr + b * pv_b + head * pv_h
+
+    top = tl.full((M,), HIDDEN, tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, E), tl.float32)
+    ahead = tl.cdiv(prefix, N) if PREFIX else 0
+    for step in tl.range(0, ahead + tl.cdiv(last + 1 - begin, N)):
+        at = begin + (step - ahead) * N
+        row = key_row(at + n, start, length, slots, KEYS)
+        whole = (at >= common) & (at + N - 1 <= first)
+        if PREFIX:
+            meta = step < ahead
+            at = tl.where(meta, step * N, at)
+            row = tl.where(meta, tl.minimum(at + n, prefix - 1), row)
+            whole = tl.where(meta, at + N <= prefix, whole)
+            k_at = tl.where(meta, pk_base, k_base) + row.to(tl.int64)[:, None] * tl.where(meta, pk_s, k_s)
+            v_at = tl.where(meta, pv_base, v_base) + row.to(tl.int64)[:, None] * tl.where(meta, pv_s, v_s)
+        else:
+            k_at = k_base + row.to(tl.int64)[:, None] * k_s
+            v_at = v_base + row.to(tl.int64)[:, None] * v_s
+        k = tl.load(k_at + d[None, :])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if not whole:
+            key = at + n
+            newest, oldest = query, low
+            if PREFIX:
+                newest = tl.where(meta, prefix - 1, newest)
+                oldest = tl.where(meta, 0, oldest)
+            seen = (key[None, :] <= newest[:, None]) & (key[None, :] >= oldest[:, None])
+            scores = tl.where(seen, scores, HIDDEN)
+        above = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - above[:, None])
+        shrink = tl.exp2(top - above)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        v = tl.load(v_at + e[None, :])
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        top = above
+
+    out = acc / total[:, None]
+    width = tl.num_programs(1) * G * E
+    out_at = out_ptr + (b * length + query) * width + heads * E
+    tl.store(out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=here[:, None])
+    lse_at = lse_ptr + (b * tl.num_programs(1) + head) * stats + rows
+    tl.store(lse_at, top + tl.log2(total), mask=here)
+
+
+class Sources(NamedTuple):
+    """What an attention call reads; see `hymba.ops.attention_op.run_attention`. low and high are set together."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor | None
+    prefix_v: Tensor | None
+    start: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+    window: int | None
+    own_keys: int | None
+
+    @property
+    def slots(self) -> int:
+        return self.own_keys or self.k.shape[1]
+
+    def constants(self) -> dict[str, int | bool | str]:
+        """Compile-time arguments that both passes share."""
+        if self.own_keys is None:
+            keys = BUFFER if self.window is None else RING
+        else:
+            keys = RING_AND_OWN if self.own_keys else OWN
+        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return {
+            "G": self.q.shape[2] // self.k.shape[2],
+            "D": self.q.shape[3],
+            "E": self.v.shape[3],
+            "KEYS": keys,
+            "PREFIX": self.prefix_k is not None,
+            "WINDOWED": self.window is not None,
+            "BOUNDED": self.low is not None,
+            "PRECISION": "tf32" if tf32 else "ieee",
+        }
+
+    def prefix(self) -> tuple[Tensor, Tensor, int]:
+        """Prefix keys and values (any tensors when there are none) and their number."""
+        if self.prefix_k is None or self.prefix_v is None:
+            return self.k, self.v, 0
+        return self.prefix_k, self.prefix_v, self.prefix_k.shape[1]
+
+    def strides(self) -> list[int]:
+        """Of q, k, v, prefix_k, prefix_v: batch, token, head; a batch of one is shared by all rows."""
+        pk, pv, _ = self.prefix()
+        out: list[int] = []
+        for x in (self.q, self.k, self.v, pk, pv):
+            out += [batch_stride(x), x.stride(1), x.stride(2)]
+        return out
+
+
+def padded_rows(rows: int) -> int:
+    """Room per key head for a number per row: whole tiles, so that kernels read aligned and past the end."""
+    return triton.cdiv(rows, 256) * 256
+
+
+def batch_stride(x: Tensor | None) -> int:
+    return x.stride(0) if x is not None and x.shape[0] > 1 else 0
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(s: Sources, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp.
+
+    Args:
+        s: q (b, l, h, d), k (b, s, k, d), v (b, s, k, e) and the rest; d and e powers of two from 16 to 256.
+        tile: block shape; by default from the table.
+
+    Returns:
+        output (b, l, h * e) in `v.dtype`; log2 of the sum of exponentials (b, k, padded_rows(l * g)) float32, row
+        i * g + head for query i.
+    """
+    s = s._replace(q=last_contiguous(s.q), k=last_contiguous(s.k), v=last_contiguous(s.v))
+    (b, l, h, d), heads, e = s.q.shape, s.k.shape[2], s.v.shape[3]
+    tile = tile or tile_for(TILES, s.v, d)
+    out = torch.empty(b, l, h * e, dtype=s.v.dtype, device=s.q.device)
+    lse = torch.empty(b, heads, padded_rows(l * (h // heads)), dtype=torch.float32, device=s.q.device)
+    pk, pv, prefix = s.prefix()
+    grid = (triton.cdiv(l * (h // heads), tile.rows), heads, b)
+    with on_device(s.q):
+        _forward_kernel[grid](
+            s.q, s.k, s.v, pk, pv, lse if s.start is None else s.start, lse if s.low is None else s.low, out, lse,
+            l, prefix, s.window or 0, s.slots, lse.shape[2], d**-0.5 * LOG2_E,
+            *s.strides(), batch_stride(s.start), batch_stride(s.low),
+            M=tile.rows, N=tile.keys, **s.constants(), **tile.options(),
+        )  # fmt: skip
+    return out, lse

@@ -22,6 +22,7 @@ from hymba.inputs import Compaction, InputError, check_ids, check_keywords, chec
 from hymba.loading import CheckpointMixin
 from hymba.nn import Collected, HymbaBlock, LayerState, MetaTokens, RMSNorm, SharedKV, Span, run_prefix
 from hymba.nn.init import initialise
+from hymba.training import can_fuse_loss, fused_loss
 
 # What transformers' collators, Trainer and generate() send along and the model has no use for.
 _IGNORED = frozenset(
@@ -30,7 +31,7 @@ _IGNORED = frozenset(
 )
 _FORWARD = (
     "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache logits_to_keep "
-    "output_attentions output_hidden_states seq_idx cu_seq_lens_q return_dict"
+    "output_attentions output_hidden_states seq_idx cu_seq_lens_q return_logits return_dict"
 ).split()
 
 # Guards the count of open frozen_meta_state() scopes, which threads may share.
@@ -420,6 +421,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
         self.model = HymbaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._fused_loss = False
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -427,6 +429,10 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def use_fused_loss(self, enable: bool = True) -> None:
+        """In training mode, leave the logits out where labels are given (`return_logits` of `forward`)."""
+        self._fused_loss = enable
 
     def frozen_meta_state(self) -> contextlib.AbstractContextManager[None]:
         """`HymbaModel.frozen_meta_state`."""
@@ -447,6 +453,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
         output_hidden_states: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        return_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """`HymbaModel.forward`, then the head.
@@ -455,9 +462,12 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
             labels: (b, l) targets, -100 to leave out; shifted inside. The loss is the mean over targets, or their sum
                 over `num_items_in_batch` when the Trainer passes it.
             logits_to_keep: logits of the last n positions only (0 for all), or of the positions in a tensor.
+            return_logits: False leaves the logits out when there are labels: the loss is then computed some rows at a
+                time, and the logits of the whole batch never exist. By default they are left out in training mode
+                after `use_fused_loss()`, and returned otherwise.
 
         Returns:
-            `logits` (b, kept, vocab) float32 and, with labels, `loss`.
+            `logits` (b, kept, vocab) float32 or `None` and, with labels, `loss`.
         """
         check_keywords(kwargs, _IGNORED | {"shift_labels"}, _FORWARD, "HymbaForCausalLM.forward")
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
@@ -477,15 +487,21 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise InputError(f"logits_to_keep={logits_to_keep}: allowed: integers from 0 (all), or a tensor of indices")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                expected = tuple(logits.shape[:2])
-                raise InputError(
-                    f"labels has shape {tuple(labels.shape)}; expected {expected}, one target for each logit"
-                )
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **loss_kwargs)
+        hidden = outputs.last_hidden_state[:, kept]
+        if labels is not None and labels.shape != hidden.shape[:2]:
+            expected = tuple(hidden.shape[:2])
+            raise InputError(f"labels has shape {tuple(labels.shape)}; expected {expected}, one target for each logit")
+        if return_logits is None:
+            return_logits = not (self._fused_loss and self.training)
+        loss = logits = None
+        if labels is not None and not return_logits and can_fuse_loss(self.lm_head, self.loss_function):
+            loss = fused_loss(hidden, self.lm_head.weight, labels, **loss_kwargs)
+        else:
+            logits = self.lm_head(hidden).float()
+            if labels is not None:
+                vocabulary = self.lm_head.out_features
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **loss_kwargs)
+                logits = logits if return_logits else None
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

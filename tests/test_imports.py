@@ -33,7 +33,7 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
 CORE = "cache nn ops config layout"
-MODEL = f"model decode_loop decoding fused_decoding generation loading hub inputs cost {CORE}"
+MODEL = f"model training decode_loop decoding fused_decoding generation loading hub inputs cost {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
@@ -41,6 +41,7 @@ ROOMS = {
     "config": room("layout"),
     "cost": room("config layout", refused=NO_TRANSFORMERS),
     "inputs": room("config layout", refused=NO_TRANSFORMERS),
+    "training": room("nn ops"),
     "cache": room("nn ops config layout"),
     "hub": room("config layout"),
     "saving": room(packages=""),
@@ -49,7 +50,7 @@ ROOMS = {
     "fused_decoding": room(CORE, refused=NO_TRANSFORMERS),
     "decode_loop": room(f"decoding {CORE}"),
     "generation": room(f"decode_loop decoding inputs {CORE}"),
-    "model": room(f"generation decode_loop decoding loading inputs {CORE}"),
+    "model": room(f"training generation decode_loop decoding loading inputs {CORE}"),
     "chat": room(MODEL),
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),

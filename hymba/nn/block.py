@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from hymba.nn.attention import Collected, SharedKV
+from hymba.nn.hooks import is_plain, product_dtype
 from hymba.nn.hybrid import HybridHeads
 from hymba.nn.mlp import MLP
 from hymba.nn.norm import RMSNorm
 from hymba.nn.state import LayerState, Span
+from hymba.ops.norm import add_rms_norm, rms_norm
 
 
 class HymbaBlock(nn.Module):
@@ -51,8 +53,17 @@ class HymbaBlock(nn.Module):
         weights: Collected | None = None,
     ) -> tuple[Tensor, LayerState, SharedKV]:
         """x: (b, l, hidden_size). Arguments and results are those of `HybridHeads.forward`."""
-        mixed, state, kv = self.mixer(self.input_norm(x), state, span=span, kv=kv, weights=weights)
-        x = x + mixed
-        if self.mlp is not None and self.ffn_norm is not None:
-            x = x + self.mlp(self.ffn_norm(x))
-        return x, state, kv
+        norm = self.input_norm
+        # What the projections behind a norm would cast its output to.
+        dtype = product_dtype(x)
+        normed = rms_norm(x, norm.weight, norm.eps, dtype=dtype) if is_plain(norm, RMSNorm) else norm(x)
+        mixed, state, kv = self.mixer(normed, state, span=span, kv=kv, weights=weights)
+        if self.mlp is None or self.ffn_norm is None:
+            return x + mixed, state, kv
+        norm = self.ffn_norm
+        if is_plain(norm, RMSNorm):
+            x, normed = add_rms_norm(x, mixed, norm.weight, norm.eps, dtype=dtype)
+        else:
+            x = x + mixed
+            normed = norm(x)
+        return x + self.mlp(normed), state, kv

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hymba.nn.attention import AttentionHeads, Collected, SharedKV
+from hymba.nn.hooks import is_plain
 from hymba.nn.init import initialise
 from hymba.nn.mamba import MambaHeads
 from hymba.nn.norm import RMSNorm
 from hymba.nn.state import LayerState, Span
+from hymba.ops.norm import mean_rms_norm
 
 
 class HybridHeads(nn.Module):
@@ -125,7 +127,14 @@ class HybridHeads(nn.Module):
             kv = self.attention.keys_and_values(own[0], own[1], state, span=span)
         attended = self.attention(q, kv, span=span, weights=weights)
         scanned = self.mamba(u, z, state, span=span)
-        out = self.out_proj((self.attention_norm(attended) + self.mamba_norm(scanned)) / 2)
+        out = self.out_proj(self._fuse(attended, scanned))
         state.seen, state.columns = span.end, span.columns + span.length
         state.uniform = span.uniform
         return out, state, kv
+
+    def _fuse(self, attended: Tensor, scanned: Tensor) -> Tensor:
+        """The mean of the branches' norms, (b, l, d_inner)."""
+        first, second = self.attention_norm, self.mamba_norm
+        if is_plain(first, RMSNorm) and is_plain(second, RMSNorm) and first.eps == second.eps:
+            return mean_rms_norm(attended, scanned, first.weight, second.weight, first.eps)
+        return (first(attended) + second(scanned)) / 2

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba.nn.init import initialise
+from hymba.ops.gate import relu2, swiglu
 
 ACTIVATIONS = ("silu", "relu2")
 
@@ -34,5 +34,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, l, hidden_size); returns the same shape."""
         if self.gate_proj is None:
-            return self.down_proj(F.relu(self.up_proj(x)).square())
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(relu2(self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba.nn.init import initialise
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension: float32 inside, cast back, then the weight.
-
-    Returns `x.dtype`, also when a file holds the weight in a wider one.
-    """
-    # PyTorch computes it in float32 for narrower inputs; its own weight would be applied before the cast.
-    return (F.rms_norm(x, (x.shape[-1],), None, eps) * weight).to(x.dtype)
+from hymba.ops.norm import rms_norm, rms_norm_ref
 
 
 class RMSNorm(nn.Module):
@@ -66,5 +57,6 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (b, l, heads, head_dim); returns the same shape."""
-        weight = self.weight if self.weight.dim() == 1 else self.weight[0, :, 0]
-        return rms_norm(x, weight, self.eps)
+        if self.weight.dim() == 1:
+            return rms_norm(x, self.weight, self.eps)
+        return rms_norm_ref(x, self.weight[0, :, 0], self.eps)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hymba.ops.rope import apply_rope
+
+__all__ = ["apply_rope", "rope_tables"]
+
 
 def rope_tables(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `positions * base^(-2i / head_dim)`.
@@ -20,18 +24,3 @@ def rope_tables(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tenso
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].float() * base**-exponents
     return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2) of every head.
-
-    Args:
-        x: (b, l, heads, head_dim). cos, sin: (b or 1, l, head_dim / 2).
-
-    Returns:
-        the rotated heads in `x.dtype`; float32 inside.
-    """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos[:, :, None].to(compute), sin[:, :, None].to(compute)
-    first, second = x.to(compute).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

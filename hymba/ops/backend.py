@@ -121,6 +121,10 @@ def _on_gpu(call: Call) -> bool:
 _REFERENCE = _Backend(automatic=lambda call: False)
 _TORCH = _Backend()
 _TRITON = _Backend(_probe_triton, _triton_serves, _on_gpu, "triton")
+# What a compiler fuses with its neighbours by itself.
+_TRITON_FUSED = _Backend(
+    _probe_triton, _triton_serves, lambda call: call.x.is_cuda and not torch.compiler.is_compiling(), "triton"
+)
 _TRITON_CONV = _Backend(_probe_triton, _triton_conv_serves, _on_gpu, "triton")
 # The packages stand behind Triton: used by themselves where it is missing or does not serve.
 _MAMBA_SCAN = _Backend(mamba_ssm.probe_scan, mamba_ssm.serves_scan, _on_gpu, "mamba-ssm")
@@ -133,6 +137,10 @@ _TABLE: dict[str, dict[str, _Backend]] = {
     "selective_state_update": {"triton": _TRITON, "mamba_ssm": _MAMBA_STEP, "torch": _TORCH},
     "causal_conv1d": {"triton": _TRITON_CONV, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
     "causal_conv1d_update": {"triton": _TRITON, "causal_conv1d": _CONV_STEP, "torch": _TORCH},
+    "rms_norm": {"triton": _TRITON_FUSED, "torch": _TORCH},
+    "gate": {"triton": _TRITON_FUSED, "torch": _TORCH},
+    "rope": {"triton": _TRITON_FUSED, "torch": _TORCH},
+    "linear_cross_entropy": {"triton": _TRITON, "torch": _TORCH},
 }
 _FORCED: dict[str, str] = {}
 _FAILED: dict[tuple[str, str], str] = {}

@@ -28,7 +28,11 @@ from hymba.ops.triton import (
     decode_attention,
     decode_mamba,
     decode_rows,
+    gate,
     gemv,
+    loss,
+    norm,
+    rope,
     scan,
     scan_backward,
 )
@@ -103,6 +107,7 @@ def main(capability: int, quick: bool) -> None:
         decode.conv_update(torch.zeros(b, k - 1, d, dtype=dtype), x[:, 0], arguments[1], arguments[2], valid, True)
         gate, bias = (z[:, 0], vector) if rich else (None, None)
         decode.state_update(state, x[:, 0], dt[:, 0], inputs.A, small[:, 0], small[:, 0], inputs.D, gate, bias, valid)
+        fused(projected, x, dt, rich)
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         decode_step(dtype, capability >= 90)
 
@@ -142,6 +147,22 @@ def decode_step(dtype: torch.dtype, dependent: bool) -> None:
     decode_rows.norm_rows(x, zeros(3200), eps=1e-6, merge=(x, zeros(3200)))
     decode_rows.norm_rows(zeros(16, 1600), zeros(1600), eps=1e-6)
     decode_rows.gate_rows(zeros(16, 5504), zeros(16, 5504))
+
+
+def fused(projected: torch.Tensor, x: torch.Tensor, other: torch.Tensor, rich: bool) -> None:
+    """The kernels around the products. rich: with their optional inputs."""
+    weight = torch.zeros(x.shape[-1])
+    residual = other if rich else None
+    norm.forward(x, residual, weight, 1e-6, x.dtype)
+    norm.backward(other, x, weight, residual, 1e-6)
+    norm.mean(x, other, weight, weight, 1e-6)
+    norm.mean_backward(other, x, other, weight, weight, 1e-6)
+    gate.forward(residual, other)
+    gate.backward(other, residual, other)
+    angles = torch.zeros(1, x.shape[1], 32)
+    rope.rotate(projected[..., :1600].unflatten(-1, (25, 64)), angles, angles, not rich)
+    logits = torch.zeros(4, 32064, dtype=x.dtype)[:, :32001]
+    loss.rows(logits, torch.zeros(4, dtype=torch.long), -100, rich)
 
 
 if __name__ == "__main__":

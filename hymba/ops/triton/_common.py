@@ -9,6 +9,7 @@ channels and no more. Time strides and d are compile-time constants: rows then d
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -103,7 +104,28 @@ def overlaps(x: Tensor) -> dict[str, Any]:
     return {"OVERLAPS": True, "launch_pdl": True}
 
 
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x (..., w) and the stride of its rows: itself when rows are dense and equally far apart, else a copy that is."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return x.contiguous(), x.shape[-1]
+    far = expected = 0
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if far and stride != expected:
+            return x.contiguous(), x.shape[-1]
+        far = far or stride
+        expected = stride * size
+    return x, far or x.shape[-1]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 __all__ = [
-    "INTERPRETED", "channels_last", "document_start", "element", "on_device", "or_dummy", "overlaps", "release_next",
-    "row", "sigmoid", "softplus", "strides", "wait_for_previous",
+    "INTERPRETED", "channels_last", "document_start", "element", "on_device", "or_dummy", "overlaps", "processors",
+    "release_next", "row", "rows_of", "sigmoid", "softplus", "strides", "wait_for_previous",
 ]  # fmt: skip

@@ -1,0 +1,89 @@
+"""An op in three forms: a custom op for what traces or intercepts, an autograd function, and the plain call.
+
+A custom op costs the host about as much as several launches, so eager mode goes past it. Compilers, fake tensors and
+selective checkpointing look at dispatched ops and get the custom op; so do tensor subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _intercepted(args: tuple[Any, ...]) -> bool:
+    """Whether something must see an op where eager code runs a kernel."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
+
+
+def opaque(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function without a derivative: the backward of an op. `fake` gives shapes and dtypes."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"hymba::{name}", function, mutates_args=())
+        op.register_fake(fake)
+
+        def call(*args: Any) -> Any:
+            return op(*args) if _intercepted(args) else function(*args)
+
+        return call
+
+    return wrap
+
+
+def differentiable(
+    name: str, fake: Callable[..., Any], setup: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function of tensors and constants that returns new tensors.
+
+    Args:
+        name: of the custom op, behind `hymba::`.
+        fake: outputs' shapes and dtypes. setup, backward: as `torch.library.register_autograd` takes them; there is no
+            second derivative, and asking for one raises.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"hymba::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        op.register_autograd(backward, setup_context=setup)
+        direct: Any = type(
+            name,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(function),
+                "setup_context": staticmethod(setup),
+                "backward": staticmethod(once_differentiable(backward)),
+            },
+        )
+
+        def call(*args: Any) -> Any:
+            if _intercepted(args):
+                return op(*args)
+            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                return direct.apply(*args)
+            return function(*args)
+
+        return call
+
+    return wrap
+
+
+def by_autograd(
+    function: Callable[..., Any], tensors: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
+) -> list[Tensor]:
+    """Gradients of a plain PyTorch function: what a backward op falls back to. Empty where the input is `None`."""
+    with torch.enable_grad():
+        inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        wanted = [t for t in inputs if t is not None]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
+    return [tensors[0].new_empty(0) if t is None else next(found) for t in inputs]  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ help:
 	@echo "make demo         set up, then generate from the embedded model and inspect it"
 	@echo "make test         set up, then run the tests with coverage"
 	@echo "make check        all that CI runs: lint, types, tests, oldest transformers, wheel"
-	@echo "make thorough     10,000 cases of the property tests (about an hour on two cores)"
+	@echo "make thorough     10,000 cases of the property tests (a quarter of an hour on two cores)"
 	@echo "make format       let ruff format and fix"
 	@echo "make clean        remove what the targets made, the environment included"
 

@@ -418,6 +418,11 @@ class HymbaCache(Cache):
         return self.columns > 0
 
     @property
+    def is_croppable(self) -> bool:
+        """Never (see `crop`); transformers asks before it plans to take tokens back."""
+        return False
+
+    @property
     def is_compileable(self) -> bool:
         # generate() would build four-dimensional masks for it; ours come from positions.
         return False

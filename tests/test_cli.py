@@ -249,6 +249,23 @@ def test_an_end_token_ends_a_row_and_is_not_text(folder: Path, prompts: Path, mo
     assert [(row["tokens"], row["finish_reason"]) for row in rows] == [(4, "length"), (1, "eos"), (1, "eos")]
 
 
+@pytest.mark.parametrize("options", [[], ["--num-beams", 2]])
+def test_stop_strings(folder: Path, prompts: Path, options: list[Any]) -> None:
+    args = ["-m", folder, "--max-new-tokens", 20, "--no-return-full-text", *options]
+    whole = hymba("generate", "def ", *args).stdout
+    stop = whole[1:3]  # of two tokens, so that it is completed, not only said
+    at = whole.index(stop) + 2
+    result = hymba("generate", "def ", *args, "--stop-strings", "never said", "--stop-strings", stop)
+    assert result.stdout.removesuffix("\n") == whole[:at]
+    batch = hymba("generate", "--prompts-file", prompts, "--json", *args, "--stop-strings", stop)
+    for row in map(json.loads, batch.stdout.splitlines()):
+        alone = json.loads(hymba("generate", row["prompt"], "--json", *args, "--stop-strings", stop).stdout)
+        assert alone == {**row, "line": 1}
+        assert (row["finish_reason"] == "stop") == (stop in row["text"]) == row["text"].endswith(stop)
+        assert row["finish_reason"] == "stop" or row["tokens"] == 20
+    assert "a stop string needs at least one character" in error("generate", "a", "-m", folder, "--stop-strings", "")
+
+
 def test_an_output_file_is_written_at_the_end_or_not_at_all(
     folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

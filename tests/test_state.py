@@ -195,6 +195,7 @@ def test_crop_names_the_way(model: Any) -> None:
     cache = model(some_ids(1, 3)).past_key_values
     with pytest.raises(NotImplementedError, match=r"snapshot\(\).*restore\(snapshot\)"):
         cache.crop(2)
+    assert cache.is_croppable is False
 
 
 @pytest.mark.parametrize("room", [None, 60])

@@ -20,6 +20,7 @@ from hymba.commands.models import load, locate, packed
 from hymba.commands.terminal import progress, say, status
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from hymba.model import HymbaForCausalLM
@@ -43,7 +44,7 @@ class Result:
     Attributes:
         line, prompt: where it comes from. sequence: which of the prompt's continuations, from 0.
         text: the continuation alone. tokens: how many, an end token not counted.
-        finish_reason: `"eos"` or `"length"`.
+        finish_reason: `"eos"`, `"stop"` (a stop string, which is part of the text) or `"length"`.
     """
 
     line: int
@@ -76,6 +77,7 @@ def generate(
     min_new_tokens: opt.MinNewTokens = None,
     repetition_penalty: opt.RepetitionPenalty = None,
     no_repeat_ngram_size: opt.NoRepeatNgramSize = None,
+    stop_strings: opt.StopStrings = None,
     num_return_sequences: opt.NumReturnSequences = None,
     cache_implementation: opt.CacheKind = opt.CacheImplementation.dynamic,
     do_sample: opt.DoSample = None,
@@ -110,6 +112,8 @@ def generate(
     would get alone.
     """
     prompts = _prompts(prompt, prompts_file)
+    if stop_strings and not all(stop_strings):
+        raise UsageError("--stop-strings '': a stop string needs at least one character")
     if output_file is not None:
         _check_output(output_file)
     sequences, beams = num_return_sequences or 1, num_beams or 1
@@ -128,6 +132,7 @@ def generate(
         min_new_tokens=min_new_tokens,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
+        stop_strings=stop_strings or None,
         num_return_sequences=num_return_sequences,
         cache_implementation=None if cache_implementation.value == "dynamic" else cache_implementation.value,
         do_sample=do_sample,
@@ -236,7 +241,8 @@ def _stream(
     if full_text:
         say(prompt.text)
     try:
-        model.generate(torch.tensor([ids], device=model.device), generation_config=settings, streamer=Printer())
+        rows = torch.tensor([ids], device=model.device)
+        model.generate(rows, generation_config=settings, streamer=Printer(), tokenizer=tokenizer)
     finally:
         say("\n")
     return count
@@ -267,9 +273,12 @@ def _batches(
             # The mask alone says what is padding, so that any id will do.
             ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-            output = model.generate(ids, attention_mask=mask, generation_config=settings)
+            output = model.generate(ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer)
+            stopped = _stopped(tokenizer, settings, output, length)
             for i, row in enumerate(output[:, length:].tolist()):
                 prompt, tokens = prompts[first + i // sequences], encoded[first + i // sequences]
+                # What follows a stop string is padding, which may look like an end token.
+                row = row[: stopped[i]]
                 end = next((at for at, token in enumerate(row) if token in ends), None)
                 new = row[:end]
                 yield Result(
@@ -278,9 +287,25 @@ def _batches(
                     prompt=prompt.text,
                     text=_continuation(tokenizer, tokens, new),
                     tokens=len(new),
-                    finish_reason="length" if end is None else "eos",
+                    finish_reason="eos" if end is not None else "length" if stopped[i] is None else "stop",
                 )
             advance(len(rows))
+
+
+def _stopped(
+    tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig, output: Tensor, prompt_length: int
+) -> list[int | None]:
+    """How many new tokens each row has up to the one that completes a stop string; None where none does."""
+    counts: list[int | None] = [None] * len(output)
+    if settings.stop_strings:
+        from transformers.generation import StopStringCriteria
+
+        completed = StopStringCriteria(tokenizer, settings.stop_strings)
+        for new in range(1, output.shape[1] - prompt_length + 1):
+            for i, stops in enumerate(completed(output[:, : prompt_length + new], None).tolist()):
+                if stops and counts[i] is None:
+                    counts[i] = new
+    return counts
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

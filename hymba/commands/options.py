@@ -83,6 +83,15 @@ NoRepeatNgramSize = Annotated[
     int | None,
     typer.Option(min=0, metavar="N", help="No N tokens in a row twice.", rich_help_panel=_DECODING),
 ]
+StopStrings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop-strings",
+        metavar="TEXT",
+        help="End with the token that completes this text; may be given several times.",
+        rich_help_panel=_DECODING,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(min=0, metavar="N", help="Seed of sampling.", rich_help_panel=_SAMPLING),

@@ -27,6 +27,8 @@ from hymba.ops.adapters import mamba_ssm as scan_adapter
 
 # The kernels take the fast exponential, and sum in an order of their own.
 FLOAT32 = 1e-4
+# One input twice: sums over steps and rows may be taken in another order.
+AGAIN = 1e-5
 BFLOAT16 = 1e-2
 
 
@@ -137,8 +139,7 @@ def test_padding_never_enters_the_scan(device):
     for name in ("x", "dt", "B", "C", "z"):
         poisoned[name][1, 5:] = float("nan")
     got = with_gradients(package_scan(device), poisoned, lengths=lengths)
-    # Sums over steps may be taken in any order.
-    assert worst(got, with_gradients(package_scan(device), case, lengths=lengths)) < 1e-6
+    assert worst(got, with_gradients(package_scan(device), case, lengths=lengths)) < AGAIN
 
 
 @pytest.mark.parametrize("states", [0, 1, 3])
@@ -183,7 +184,7 @@ def test_padding_never_enters_the_convolution(device):
     poisoned = {k: v.clone() for k, v in case.items()}
     poisoned["x"][1, 2:] = float("nan")
     got = with_gradients(package_conv(device), poisoned, lengths=lengths)
-    assert worst(got, with_gradients(package_conv(device), case, lengths=lengths)) < 1e-6
+    assert worst(got, with_gradients(package_conv(device), case, lengths=lengths)) < AGAIN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -234,7 +235,7 @@ def test_compiled_code_sees_one_op(device):
         compiled = torch.compile(
             lambda *p, op=op, name=name, **o: op(*p, backend=name, **o), backend="aot_eager", fullgraph=True
         )
-        assert worst(with_gradients(packages.on(device, compiled), case), with_gradients(run, case)) < 1e-6
+        assert worst(with_gradients(packages.on(device, compiled), case), with_gradients(run, case)) < AGAIN
 
 
 def test_op_registration(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import statistics
@@ -25,6 +26,7 @@ def commit() -> str:
         return "unknown"
 
 
+@functools.cache
 def machine() -> dict[str, str]:
     """Names and versions that a number depends on."""
     out = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}

@@ -69,7 +69,10 @@ def build(config: Any, cls: Callable[[Any], Any] = HymbaForCausalLM, *, device: 
             model = cls(config)
     finally:
         torch.set_default_dtype(before)
-    return model.to(dtype).eval()
+    # Buffers, such as rotary frequencies, keep the dtype that the model gives them.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def random_ids(rows: int, length: int, vocab: int, device: str) -> Tensor:

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             seconds = spread(measure(run, device, warmup=1, repeats=repeats))
         row: dict[str, Any] = {"kind": kind, "batch": batch, "length": length, "chunk": min(chunk, length)}
         row |= {"seconds": seconds, "tokens_per_s": batch * length / seconds["median"], "peak_bytes": peak.value}
-        line = f"{kind:6} {batch:3d} x {length:6d}: {row['tokens_per_s']:9,.0f} tok/s, {1e3 * seconds['median']:.1f} ms"
+        line = f"{kind:9} {batch:3d} x {length:6d}: {row['tokens_per_s']:9,.0f} tok/s, {1e3 * seconds['median']:.1f} ms"
         line += f" ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), peak {peak.value / 2**30:.2f} GiB"
         if ceilings is not None:
             moved, operations = prefill(config, batch, length, name)
@@ -87,12 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     for length in args.length:
         for batch in args.batch:
-            add("batch", batch, length, length, args.repeats)
+            add("prefill", batch, length, length, args.repeats)
     facts: dict[str, Any] = {}
     if args.long:
         short = min(args.length)
         per_token = [
-            add("long", 1, length, args.chunk, repeats)["seconds"]["median"] / length
+            add("in chunks", 1, length, args.chunk, repeats)["seconds"]["median"] / length
             for length, repeats in ((short, args.repeats), (args.long, max(1, args.repeats // 5)))
         ]
         facts["long_over_short_per_token"] = per_token[1] / per_token[0]

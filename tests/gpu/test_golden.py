@@ -84,16 +84,12 @@ def test_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_in_chunks(case: str, static: bool, dtype: torch.dtype) -> None:
-    model, want = _loaded(case, dtype)
+def test_in_chunks(case: str, static: bool) -> None:
+    model, want = _loaded(case, torch.float32)
     ids = want["input_ids"]
     held = HymbaCache(model.config, max_length=ids.shape[1] if static else None)
     logits = through_cache(model, ids, cut(ids.shape[1], random.Random(0), most=9), cache=held)
-    if dtype == torch.float32:
-        assert largest(logits, want["logits"]) <= GPU_LOGITS
-    else:
-        assert relative(logits, want["logits"]) <= GPU_BFLOAT16
+    assert largest(logits, want["logits"]) <= GPU_LOGITS
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "modules"])

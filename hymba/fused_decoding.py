@@ -45,6 +45,9 @@ class FusedStep:
         cos, sin = rope_tables(positions, head_dim=config.head_dim, base=config.rope_base)
         self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
         self.scanned = torch.empty(rows, config.d_inner, dtype=dtype, device=device)
+        # Rows of whole vectors, which an odd vocabulary is not.
+        wide = -(-config.vocab_size // 64) * 64
+        self.scores = torch.empty(rows, wide, dtype=dtype, device=device)[:, : config.vocab_size]
         self.count = torch.zeros(rows * config.num_key_value_heads, dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
@@ -58,9 +61,10 @@ class FusedStep:
         if single:
             gemv(x, head.weight, norm=norm.weight, eps=norm.eps, out=self.logits)
         else:
-            self.logits.copy_(F.linear(norm_rows(x, norm.weight, eps=norm.eps), head.weight))
+            torch.mm(norm_rows(x, norm.weight, eps=norm.eps), head.weight.T, out=self.scores)
+            self.logits.copy_(self.scores)
 
-    def _attend(self, i: int, parts: tuple[Tensor, ...]) -> Tensor:
+    def _attend(self, i: int, parts: tuple[Tensor, ...], ahead: Tensor | None = None) -> Tensor:
         """Attention of layer i on its split projection, (b, d_inner)."""
         lender = self.model.model.lenders[i]
         lending = self.cache.layers[i if lender is None else lender]
@@ -72,7 +76,7 @@ class FusedStep:
         return decode_attention(
             parts[0], k, v, keys=lending.kv.keys, values=lending.kv.values, position=self.cache.seen,
             cos=self.cos, sin=self.sin, window=block.mixer.attention.window, count=self.count,
-            prefix_k=lending.prefix_k, prefix_v=lending.prefix_v, valid=self.active,
+            prefix_k=lending.prefix_k, prefix_v=lending.prefix_v, valid=self.active, ahead=ahead,
         )  # fmt: skip
 
     def _scan(self, i: int, u: Tensor, z: Tensor, low: Tensor, conv: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
@@ -91,24 +95,37 @@ class FusedStep:
         block, state = self.model.model.layers[i], self.cache.layers[i]
         assert isinstance(block, HymbaBlock) and state.conv is not None
         mixer, mamba, mlp = block.mixer, block.mixer.mamba, block.mlp
+        # What a product reads is brought to the L2 cache while the kernels before it wait for one another.
+        up, down, gate = None, None, None
+        if mlp is not None:
+            up, down = mlp.up_proj.weight, mlp.down_proj.weight
+            gate = None if mlp.gate_proj is None else mlp.gate_proj.weight
         parts = gemv(
             x, mixer.in_proj.weight, norm=block.input_norm.weight, eps=block.input_norm.eps, bias=mixer.in_proj.bias
         ).split(mixer.splits, dim=-1)
-        attended = self._attend(i, parts)
+        attended = self._attend(i, parts, ahead=mixer.out_proj.weight)
         conv = (mamba.conv1d.weight[:, 0], mamba.conv1d.bias, state.conv)
-        low = gemv(parts[-2], mamba.x_proj.weight, conv=conv, early=True)
+        low = gemv(parts[-2], mamba.x_proj.weight, conv=conv, early=True, ahead=gate)
         scanned = self._scan(i, parts[-2], parts[-1], low, conv)
         gemv(
             attended, mixer.out_proj.weight, norm=mixer.attention_norm.weight, eps=mixer.attention_norm.eps,
-            merge=(scanned, mixer.mamba_norm.weight), bias=mixer.out_proj.bias, add_to=x, early=True,
+            merge=(scanned, mixer.mamba_norm.weight), bias=mixer.out_proj.bias, add_to=x, early=True, ahead=up,
         )  # fmt: skip
-        if mlp is not None and block.ffn_norm is not None:
-            gate = None if mlp.gate_proj is None else mlp.gate_proj.weight
+        if up is not None and down is not None and block.ffn_norm is not None:
             inner = gemv(
-                x, mlp.up_proj.weight, norm=block.ffn_norm.weight, eps=block.ffn_norm.eps, gate=gate, relu2=gate is None
+                x, up, norm=block.ffn_norm.weight, eps=block.ffn_norm.eps, gate=gate, relu2=gate is None, ahead=down
             )
-            gemv(inner, mlp.down_proj.weight, add_to=x)
+            gemv(inner, down, add_to=x, ahead=self._first_of(i + 1))
         return x
+
+    def _first_of(self, i: int) -> Tensor | None:
+        """The weight that the layer after this one, or the head, reads first."""
+        layers = self.model.model.layers
+        if i == len(layers):
+            return None
+        following = layers[i]
+        assert isinstance(following, HymbaBlock)
+        return following.mixer.in_proj.weight
 
     def _rows_layer(self, i: int, x: Tensor) -> Tensor:
         """cuBLAS for the products, seven launches around them; x is overwritten."""
@@ -124,12 +141,12 @@ class FusedStep:
             attended, mixer.attention_norm.weight, eps=mixer.attention_norm.eps,
             merge=(scanned, mixer.mamba_norm.weight),
         )  # fmt: skip
-        x = torch.addmm(x, merged, mixer.out_proj.weight.T)
+        x.addmm_(merged, mixer.out_proj.weight.T)
         if mixer.out_proj.bias is not None:
             x += mixer.out_proj.bias
         if mlp is not None and block.ffn_norm is not None:
             normed = norm_rows(x, block.ffn_norm.weight, eps=block.ffn_norm.eps)
             gate = None if mlp.gate_proj is None else F.linear(normed, mlp.gate_proj.weight)
             inner = gate_rows(F.linear(normed, mlp.up_proj.weight), gate)
-            x = torch.addmm(x, inner, mlp.down_proj.weight.T)
+            x.addmm_(inner, mlp.down_proj.weight.T)
         return x

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import overlaps, release_next, wait_for_previous
+from ._common import overlaps, prefetch, prefetch_options, release_next, wait_for_previous
 
-MAX_SPLITS = 64
+TILES = {1: (64, 4, 2, 16), 4: (64, 4, 3, 16), None: (64, 4, 3, 16)}
+"""Keys at a time, warps, pipeline stages and the most stretches of a row, by rows up to which they serve."""
 
 
 @triton.jit
@@ -60,8 +61,8 @@ def attend(
     b, h, split, q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, cos_ptr, sin_ptr, position_ptr, real_ptr,
     out_ptr, part_ptr, lse_ptr, count_ptr, heads, splits, slots, prefix, stretch, window, scale,
     q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
-    WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program: row b, key head h, one stretch of the keys."""
     half: tl.constexpr = D // 2
@@ -130,17 +131,36 @@ def attend(
             tl.store(count_ptr + b * heads + h, 0)
             s = tl.arange(0, PADDED)
             here = s < splits
-            for i in tl.static_range(G):
-                first = ((b * heads + h) * G + i) * splits
-                top = tl.load(lse_ptr + (first + s) * 2, mask=here, other=-1.0e30, cache_modifier=".cg")
-                total = tl.load(lse_ptr + (first + s) * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
-                share = tl.exp2(top - tl.max(top, axis=0))
-                part = tl.load(
-                    part_ptr + (first + s[:, None]) * E + e[None, :], mask=here[:, None], other=0.0,
+            if PADDED <= 16:
+                i = tl.arange(0, GROUP)
+                joined_row = (b * heads + h) * G + i
+                places = joined_row[:, None] * splits + s[None, :]
+                both = (i < G)[:, None] & here[None, :]
+                tops = tl.load(lse_ptr + places * 2, mask=both, other=-1.0e30, cache_modifier=".cg")
+                totals = tl.load(lse_ptr + places * 2 + 1, mask=both, other=0.0, cache_modifier=".cg")
+                shares = tl.exp2(tops - tl.max(tops, axis=1)[:, None])
+                parts = tl.load(
+                    part_ptr + places[:, :, None] * E + e[None, None, :], mask=both[:, :, None], other=0.0,
                     cache_modifier=".cg",
                 )  # fmt: skip
-                joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(total * share, axis=0), 1.0e-30)
-                tl.store(out_ptr + ((b * heads + h) * G + i) * E + e, joined.to(out_ptr.dtype.element_ty))
+                sums = tl.maximum(tl.sum(totals * shares, axis=1), 1.0e-30)
+                joined = tl.sum(parts * shares[:, :, None], axis=1) / sums[:, None]
+                tl.store(
+                    out_ptr + joined_row[:, None] * E + e[None, :], joined.to(out_ptr.dtype.element_ty),
+                    mask=(i < G)[:, None],
+                )  # fmt: skip
+            else:
+                for j in tl.static_range(G):
+                    first = ((b * heads + h) * G + j) * splits
+                    top = tl.load(lse_ptr + (first + s) * 2, mask=here, other=-1.0e30, cache_modifier=".cg")
+                    total = tl.load(lse_ptr + (first + s) * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+                    share = tl.exp2(top - tl.max(top, axis=0))
+                    part = tl.load(
+                        part_ptr + (first + s[:, None]) * E + e[None, :], mask=here[:, None], other=0.0,
+                        cache_modifier=".cg",
+                    )  # fmt: skip
+                    joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(total * share, axis=0), 1.0e-30)
+                    tl.store(out_ptr + ((b * heads + h) * G + j) * E + e, joined.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -148,9 +168,14 @@ def _decode_kernel(
     q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, cos_ptr, sin_ptr, position_ptr, real_ptr,
     out_ptr, part_ptr, lse_ptr, count_ptr, slots, prefix, stretch, window, scale,
     q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
-    WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
+    ahead_ptr, ahead_pieces, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    if AHEAD > 0:
+        programs = tl.num_programs(1) * tl.num_programs(2)
+        pid = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+        prefetch(ahead_ptr, ahead_pieces, pid, tl.num_programs(0) * programs, AHEAD)
     if OVERLAPS:
         wait_for_previous()
         release_next()
@@ -160,14 +185,14 @@ def _decode_kernel(
         out_ptr, part_ptr, lse_ptr, count_ptr, tl.num_programs(1), tl.num_programs(2),
         slots, prefix, stretch, window, scale,
         q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
-        G, ROWS, D, E, BLOCK, PADDED, WINDOWED, OWN, MASKED,
+        G, GROUP, ROWS, D, E, BLOCK, PADDED, WINDOWED, OWN, MASKED,
     )  # fmt: skip
 
 
-def splits_for(rows: int, heads: int, keys: int, programs: int, block: int) -> int:
+def splits_for(rows: int, heads: int, keys: int, programs: int, block: int, most: int) -> int:
     """Stretches per row and key head, so that at least about `programs` programs run."""
     wanted = -(-programs // (rows * heads))
-    return max(1, min(wanted, -(-keys // block), MAX_SPLITS))
+    return max(1, min(wanted, -(-keys // block), most if keys <= 4096 else 2 * most))
 
 
 def decode_attention(
@@ -186,7 +211,8 @@ def decode_attention(
     prefix_v: Tensor | None = None,
     valid: Tensor | None = None,
     splits: int | None = None,
-    block: int | None = None,
+    tiles: tuple[int, int, int, int] | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Attention of a single token per row, which writes its own key and value to the cache.
 
@@ -200,7 +226,8 @@ def decode_attention(
         count: (b * kv,) int32 zeros, zero again afterwards.
         prefix_k, prefix_v: (b or 1, m, kv, d) and (b or 1, m, kv, e), keys that every query sees.
         valid: (b,) bool; rows at rest write nothing.
-        splits: stretches per row and key head; by default enough to fill the device. block: keys at a time.
+        splits: stretches per row and key head; by default enough to fill the device. tiles: as in `TILES`.
+        ahead: a weight that is brought to the L2 cache meanwhile.
 
     Returns:
         (b, h * e) in `values.dtype`.
@@ -211,11 +238,10 @@ def decode_attention(
     prefix = 0 if prefix_k is None else prefix_k.shape[1]
     if prefix_k is None or prefix_v is None:
         prefix_k, prefix_v = keys[:, :0], values[:, :0]
-    if block is None:
-        block = 64 if rows > 4 else 32
+    block, warps, stages, most = tiles or next(t for up_to, t in TILES.items() if up_to is None or rows <= up_to)
     if splits is None:
         programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = splits_for(rows, heads, prefix + slots, programs, block)
+        splits = splits_for(rows, heads, prefix + slots, programs, block, most)
     stretch = -(-(prefix + slots) // (splits * block)) * block
     splits = -(-(prefix + slots) // stretch)
     out = torch.empty(rows, h * e, dtype=values.dtype, device=q.device)
@@ -229,6 +255,7 @@ def decode_attention(
         return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
     flags = overlaps(q)
+    bring = prefetch_options(ahead, rows * heads * splits, flags)
     _decode_kernel[(rows, heads, splits)](
         q, new_k, new_v, keys, values, prefix_k, prefix_v, cos, sin, position, q if valid is None else valid,
         out, part, lse, count, slots, prefix, stretch, window or 0, d**-0.5 * 1.4426950408889634,
@@ -236,8 +263,9 @@ def decode_attention(
         row_stride(values), values.stride(1), values.stride(2),
         row_stride(prefix_k), prefix_k.stride(1), prefix_k.stride(2),
         row_stride(prefix_v), prefix_v.stride(1), prefix_v.stride(2), row_stride(position),
-        G=h // heads, ROWS=max(16, triton.next_power_of_2(h // heads)), D=d, E=e, BLOCK=block,
+        G=h // heads, GROUP=triton.next_power_of_2(h // heads), ROWS=max(16, triton.next_power_of_2(h // heads)),
+        D=d, E=e, BLOCK=block,
         PADDED=triton.next_power_of_2(splits), WINDOWED=window is not None, OWN=k is not None,
-        MASKED=valid is not None, num_warps=4, **flags,
+        MASKED=valid is not None, num_warps=warps, num_stages=stages, **flags, **bring,
     )  # fmt: skip
     return out

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ._common import overlaps, release_next, wait_for_previous
 
-MANY = 16
-"""Rows of one program when there is more than one row."""
+MANY = (16, 32, 8)
+"""Rows and channels of one program, and its warps, when there is more than one row."""
 
 
 @triton.jit
@@ -154,17 +154,18 @@ def mamba_step(
         raise ValueError(f"x has {rows} rows and conv is {'given' if conv else 'None'}; conv goes with a single row")
     real = x if valid is None else valid
     flags = overlaps(x)
-    block = 32
-    shape = {"N": states, "RANK": max(16, triton.next_power_of_2(rank)), "BLOCK": block, "MASKED": valid is not None}
+    shape = {"N": states, "RANK": max(16, triton.next_power_of_2(rank)), "MASKED": valid is not None}
     if conv is not None:
         weight, bias, window = conv
+        block = 32
         _one_row_kernel[(triton.cdiv(width, block),)](
             x, z, low, window, weight, bias, dt_weight, dt_bias, A_log, D, dt_norm, b_norm, c_norm, ssm_state, real,
-            out, width, rank, eps, TAPS=weight.shape[1], num_warps=4, **shape, **flags,
+            out, width, rank, eps, TAPS=weight.shape[1], BLOCK=block, num_warps=4, **shape, **flags,
         )  # fmt: skip
     else:
-        _many_rows_kernel[(triton.cdiv(width, block), triton.cdiv(rows, MANY))](
+        many, block, warps = MANY
+        _many_rows_kernel[(triton.cdiv(width, block), triton.cdiv(rows, many))](
             x, z, low, dt_weight, dt_bias, A_log, D, dt_norm, b_norm, c_norm, ssm_state, real, out,
-            x.stride(0), z.stride(0), low.stride(0), rows, width, rank, eps, R=MANY, num_warps=8, **shape, **flags,
+            x.stride(0), z.stride(0), low.stride(0), rows, width, rank, eps, R=many, BLOCK=block, num_warps=warps, **shape, **flags,
         )  # fmt: skip
     return out

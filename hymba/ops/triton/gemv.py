@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import overlaps, release_next, wait_for_previous
+from ._common import overlaps, prefetch, prefetch_options, release_next, wait_for_previous
 
 PLAIN, NORM, MERGE, CONV = 0, 1, 2, 3
 
@@ -31,6 +31,7 @@ def _gemv_kernel(
     N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, GATED: tl.constexpr,
     RELU2: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, OVERLAPS: tl.constexpr,
+    ahead_ptr, ahead_pieces, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BN output features; BK is at least K."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -53,27 +54,38 @@ def _gemv_kernel(
             before = tl.load(window_ptr + tap * K + k, mask=here, other=0.0).to(tl.float32)
             total += before * tl.load(norm_ptr + k * TAPS + tap, mask=here, other=0.0).to(tl.float32)
         norm = tl.load(norm_ptr + k * TAPS + (TAPS - 1), mask=here, other=0.0).to(tl.float32)
+    if AHEAD > 0:
+        prefetch(ahead_ptr, ahead_pieces, tl.program_id(0), tl.num_programs(0), AHEAD)
     if OVERLAPS and not EARLY:
         wait_for_previous()
         release_next()
     x = tl.load(x_ptr + k, mask=here, other=0.0).to(tl.float32)
     if KIND == 1 or KIND == 2:
-        scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
-        x = x * norm * scale
+        square = tl.sum(x * x, axis=0)
+        x = x * norm
+    if KIND == 2:
+        x = x * (0.5 * tl.rsqrt(square / K + eps))
     if OVERLAPS and EARLY and KIND == 2:
         wait_for_previous()
         release_next()
     if KIND == 2:
         other = tl.load(x2_ptr + k, mask=here, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(other * other, axis=0) / K + eps)
-        x = (x + other * norm2 * scale) * 0.5
+        square = tl.sum(other * other, axis=0)
+        other = other * norm2
     if KIND == 3:
         x = tl.where(here, _silu(total + x * norm), 0.0)
     y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
+    if KIND == 1:
+        y = y * tl.rsqrt(square / K + eps)
+    if KIND == 2:
+        y += tl.sum(weight.to(tl.float32) * other[None, :], axis=1) * (0.5 * tl.rsqrt(square / K + eps))
     if BIAS:
         y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        y = _silu(y) * tl.sum(weight2.to(tl.float32) * x[None, :], axis=1)
+        up = tl.sum(weight2.to(tl.float32) * x[None, :], axis=1)
+        if KIND == 1:
+            up = up * tl.rsqrt(square / K + eps)
+        y = _silu(y) * up
     if RELU2:
         y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
     if OVERLAPS and EARLY and KIND != 2:
@@ -89,8 +101,10 @@ def _blocks(features: int, depth: int, gated: bool) -> tuple[int, int]:
     """Output features per program, and warps: about 16 KB of weights a program."""
     if features <= 256:
         return 1, 8
-    wide = triton.next_power_of_2(depth) * (2 if gated else 1)
-    return max(1, 8192 // wide), 4
+    wide = triton.next_power_of_2(depth)
+    if wide >= 4096:
+        return (2, 8) if wide >= 8192 else (4, 8)
+    return (2 if gated else 4), 4
 
 
 def gemv(
@@ -107,6 +121,7 @@ def gemv(
     add_to: Tensor | None = None,
     out: Tensor | None = None,
     early: bool = False,
+    ahead: Tensor | None = None,
     blocks: tuple[int, int] | None = None,
 ) -> Tensor:
     """`f(x) W^T` for one row, with what surrounds it in the block.
@@ -123,6 +138,7 @@ def gemv(
         add_to: (1, n): the result is added to it in place.
         out: (1, n) to write to, of any dtype; by default new, in `x.dtype`.
         early: x (the first branch of a merge) was not written by the kernel launched just before this one.
+        ahead: a weight that is brought to the L2 cache meanwhile.
         blocks: output features per program, and warps.
 
     Returns:
@@ -142,11 +158,12 @@ def gemv(
         norm, conv_bias, window = conv
     first, second = (weight, weight) if gate is None else (gate, weight)
     bn, warps = blocks or _blocks(features, depth, gate is not None)
+    programs = triton.cdiv(features, bn)
     flags = overlaps(x)
-    _gemv_kernel[(triton.cdiv(features, bn),)](
+    _gemv_kernel[(programs,)](
         x, x2, x if norm is None else norm, norm2, window, conv_bias, first, second, x if bias is None else bias, out,
         features, depth, eps, BN=bn, BK=triton.next_power_of_2(depth), KIND=kind,
         TAPS=0 if conv is None else conv[0].shape[1], GATED=gate is not None, RELU2=relu2, ADD=add_to is not None,
-        BIAS=bias is not None, EARLY=early, num_warps=warps, **flags,
+        BIAS=bias is not None, EARLY=early, num_warps=warps, **flags, **prefetch_options(ahead, programs, flags),
     )  # fmt: skip
     return out

@@ -166,6 +166,7 @@ def mamba_step(
         many, block, warps = MANY
         _many_rows_kernel[(triton.cdiv(width, block), triton.cdiv(rows, many))](
             x, z, low, dt_weight, dt_bias, A_log, D, dt_norm, b_norm, c_norm, ssm_state, real, out,
-            x.stride(0), z.stride(0), low.stride(0), rows, width, rank, eps, R=many, BLOCK=block, num_warps=warps, **shape, **flags,
+            x.stride(0), z.stride(0), low.stride(0), rows, width, rank, eps,
+            R=many, BLOCK=block, num_warps=warps, **shape, **flags,
         )  # fmt: skip
     return out

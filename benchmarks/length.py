@@ -33,7 +33,7 @@ def decoded(model: Any, ids: Tensor) -> list[Tensor]:
     prompt = ids.shape[1] - 8
     cache = HymbaCache(model.config, max_length=ids.shape[1])
     model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
-    step = DecodeStep(model, cache, fused=ids.is_cuda and why_not_fused(model, len(ids)) is None)
+    step = DecodeStep(model, cache, fused=ids.is_cuda and why_not_fused(model) is None)
     out = []
     for t in range(prompt, ids.shape[1]):
         step.tokens.copy_(ids[:, t])

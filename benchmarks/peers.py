@@ -97,7 +97,7 @@ def hymba_step(model: Any, rows: int, length: int) -> DecodeStep:
     cache.columns = length
     assert cache.seen is not None
     cache.seen = cache.seen.expand(rows).clone().fill_(length)
-    return DecodeStep(model, cache, fused=model.device.type == "cuda" and why_not_fused(model, rows) is None)
+    return DecodeStep(model, cache, fused=model.device.type == "cuda" and why_not_fused(model) is None)
 
 
 def peer_step(model: Any, rows: int, length: int) -> PeerStep:
@@ -222,6 +222,8 @@ def run_model(rows: Rows, name: str, model: Any, work: list[str], toy: bool, rep
         def run(batch: int) -> dict[str, Any]:
             ids = random_ids(batch, length, vocab, device)
             model.train()
+            if ours:
+                model.use_fused_loss()
 
             def call() -> None:
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

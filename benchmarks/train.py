@@ -30,6 +30,7 @@ WAYS = ("backward", "step")
 def loss_and_gradients(model: Any, ids: Tensor) -> list[Tensor]:
     """The loss, then the gradient of every parameter that has one."""
     model.train()
+    model.use_fused_loss()
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -64,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", nargs="+", default=["2x8192", "8x2048"], metavar="BxL", help="rows x tokens")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument(
+        "--loss", choices=("fused", "logits"), default="fused", help="without the logits of all tokens, or with them"
+    )
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args(arguments)
     needs_device(args.device)
@@ -81,11 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     for way in args.way:
         dtype = torch.bfloat16 if way == "backward" else torch.float32
         model = build(config, device=device, dtype=dtype).train()
+        model.use_fused_loss(args.loss == "fused")
         called = torch.compile(model) if args.compile else model
         for batch, length in shapes:
             ids = random_ids(batch, length, config.vocab_size, device)
             run = step_function(called, ids, way, device)
-            row: dict[str, Any] = {"way": way, "batch": batch, "length": length, "compile": args.compile}
+            row: dict[str, Any] = {"way": way, "batch": batch, "length": length, "loss": args.loss}
+            row |= {"compile": args.compile}
             try:
                 run()
                 with peak_bytes(device) as peak:

@@ -51,7 +51,7 @@ def plain(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def test_decode_equals_forward_past_the_window(four_layers: Any, prompt: int, fused: bool) -> None:
     ids = ids_on_gpu(2, prompt + 16)
-    if fused and (reason := why_not_fused(four_layers, 2)):
+    if fused and (reason := why_not_fused(four_layers)):
         pytest.skip(f"no fused step: {reason}")
     want = four_layers(ids, use_cache=False).logits[:, prompt:]
     assert relative(plain(four_layers, ids)[:, prompt:], want) <= GPU_RELATIVE
@@ -65,7 +65,7 @@ def test_the_whole_model_in_bfloat16(whole: Any) -> None:
     base = plain(whole, ids)[:, prompt:]
     got = {"forward": whole(ids, use_cache=False).logits[:, prompt:]}
     for fused in (True, False):
-        if not fused or why_not_fused(whole, 2) is None:
+        if not fused or why_not_fused(whole) is None:
             got["fused" if fused else "modules"] = decoded(whole, ids, prompt, fused=fused)
     exact = whole.float()
     want = plain(exact, ids)[:, prompt:]
@@ -155,7 +155,7 @@ def test_the_forward_pass_never_waits_for_the_device(whole: Any, kind: str) -> N
 @torch.no_grad()
 def test_a_captured_step_gives_what_the_step_gives(whole: Any, rows: int) -> None:
     ids = ids_on_gpu(rows, 40)
-    fused = why_not_fused(whole, rows) is None
+    fused = why_not_fused(whole) is None
     want = decoded(whole, ids, 30, fused=fused)
     cache = HymbaCache(whole.config, max_length=40)
     whole(ids[:, :30], past_key_values=cache, logits_to_keep=1)

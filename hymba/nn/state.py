@@ -127,6 +127,7 @@ class Span:
                 own_keys=own,
                 query_document=self.seq_idx,
                 key_document=self.seq_idx,
+                start=self.start,
             )
         return self._memo[key]
 

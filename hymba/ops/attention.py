@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hymba.ops import backend as backends
 from hymba.ops._checks import no_autocast
+from hymba.ops.attention_op import OP, Sources, run_attention
 from hymba.ops.masks import Visibility
 
 # Queries per block when the score matrix of all queries would be larger than this many entries per head.
@@ -84,6 +86,32 @@ def _one_query(
     return out.flatten(1)[:, None].to(v.dtype)
 
 
+def _sources(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, prefix_k: Tensor | None, prefix_v: Tensor | None
+) -> Sources:
+    low, high = (None, None) if seen.query_document is None else seen.bounds()
+    start = None if seen.own_keys == 0 else seen.start
+    if prefix_k is not None and prefix_v is not None:
+        prefix_k, prefix_v = prefix_k.to(k.dtype), prefix_v.to(v.dtype)
+    return Sources(q, k, v, prefix_k, prefix_v, start, low, high, seen.window, seen.own_keys)
+
+
+def _no_kernel(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, dropout: float) -> str | None:
+    """Why no kernel takes these arguments, or None."""
+    for width in (q.shape[-1], v.shape[-1]):
+        if width not in (16, 32, 64, 128, 256):
+            return f"a head is {width} wide; it takes powers of two from 16 to 256"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}; it takes one dtype"
+    if dropout:
+        return f"dropout={dropout}; it has none"
+    if seen.start is None:
+        return "the order of the keys is unknown (Visibility.start)"
+    if seen.query_document is not None and seen.own_keys != 0:
+        return "documents of packed rows with keys from a cache"
+    return None
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -95,6 +123,7 @@ def attention(
     dropout: float = 0.0,
     need_weights: bool = False,
     implementation: str = "sdpa",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over [prefix | keys] with the mask that `visibility` describes.
 
@@ -105,13 +134,24 @@ def attention(
         dropout: probability of dropping an attention weight.
         need_weights: also return the weights; always through the reference.
         implementation: `"sdpa"` or `"eager"` (the reference).
+        backend: "auto", or a name from `hymba.ops.backend.available()` that must serve this call; "torch" is SDPA.
 
     Returns:
         output (b, l, h * e) in `v.dtype`, weights (b, h, l, p + s) in float32 or `None`.
+
+    Raises:
+        ValueError: an implementation or a forced backend that is not known.
+        hymba.ops.backend.BackendError: a forced backend that cannot serve this call, with the reason.
     """
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"implementation={implementation!r}: allowed: 'sdpa', 'eager'")
     reference = need_weights or implementation == "eager"
+    if not reference:
+        call = backends.Call(q, v, no_kernel=_no_kernel(q, k, v, visibility, dropout))
+        choice = backends.resolve(OP, backend, call)
+        if choice.name == "triton":
+            return run_attention(_sources(q, k, v, visibility, prefix_k, prefix_v), choice.name, choice.forced), None
+        reference = choice.name == "reference"
 
     if q.shape[1] == 1 and q.device.type == "cpu" and not reference and not dropout:
         return _one_query(q, k, v, visibility.dense(), prefix_k, prefix_v), None

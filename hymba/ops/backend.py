@@ -34,13 +34,15 @@ class BackendError(RuntimeError):
 class Call:
     """What a choice depends on: the activations and, for the scan, A (its states), else the conv weight (its taps).
 
-    The rest is None where the call has none.
+    The rest is None where the call has none. For attention, x is the queries and weight the values, and no_kernel says
+    why the kernels cannot take its arguments.
     """
 
     x: Tensor
     weight: Tensor
     initial_state: Tensor | None = None
     seq_idx: Tensor | None = None
+    no_kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,17 @@ def _triton_conv_serves(call: Call) -> str | None:
     return _triton_serves(call)
 
 
+def _triton_attention_serves(call: Call) -> str | None:
+    return call.no_kernel or _triton_serves(call)
+
+
 def _on_gpu(call: Call) -> bool:
     return call.x.is_cuda
+
+
+def _many_on_gpu(call: Call) -> bool:
+    """One query per row fills no tile, and its dense mask is small."""
+    return call.x.is_cuda and call.x.shape[1] > 1
 
 
 _REFERENCE = _Backend(automatic=lambda call: False)
@@ -126,6 +137,7 @@ _TRITON_FUSED = _Backend(
     _probe_triton, _triton_serves, lambda call: call.x.is_cuda and not torch.compiler.is_compiling(), "triton"
 )
 _TRITON_CONV = _Backend(_probe_triton, _triton_conv_serves, _on_gpu, "triton")
+_TRITON_ATTENTION = _Backend(_probe_triton, _triton_attention_serves, _many_on_gpu, "triton")
 # The packages stand behind Triton: used by themselves where it is missing or does not serve.
 _MAMBA_SCAN = _Backend(mamba_ssm.probe_scan, mamba_ssm.serves_scan, _on_gpu, "mamba-ssm")
 _MAMBA_STEP = _Backend(mamba_ssm.probe_update, mamba_ssm.serves_update, _on_gpu, "mamba-ssm")
@@ -137,6 +149,7 @@ _TABLE: dict[str, dict[str, _Backend]] = {
     "selective_state_update": {"triton": _TRITON, "mamba_ssm": _MAMBA_STEP, "torch": _TORCH},
     "causal_conv1d": {"triton": _TRITON_CONV, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
     "causal_conv1d_update": {"triton": _TRITON, "causal_conv1d": _CONV_STEP, "torch": _TORCH},
+    "attention": {"triton": _TRITON_ATTENTION, "torch": _TORCH, "reference": _REFERENCE},
     "rms_norm": {"triton": _TRITON_FUSED, "torch": _TORCH},
     "gate": {"triton": _TRITON_FUSED, "torch": _TORCH},
     "rope": {"triton": _TRITON_FUSED, "torch": _TORCH},

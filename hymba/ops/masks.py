@@ -48,6 +48,9 @@ class Visibility:
         own_keys: index among the s keys where the queries' own keys start, in order, or `None` when the keys are the
             slots of a cache. Lets a backend skip blocks without reading positions.
         query_document, key_document: document numbers of a packed row, or `None`.
+        start: (b or 1,) text tokens of each row before the first query, which says that all stand in order: query i
+            and its own key at position `start + i`; in packed rows documents and the positions inside them rise; and
+            slot j holds the last position p with `p % slots == j`. `None` when only the positions say who sees whom.
     """
 
     query: Tensor
@@ -57,7 +60,9 @@ class Visibility:
     own_keys: int | None = None
     query_document: Tensor | None = None
     key_document: Tensor | None = None
+    start: Tensor | None = None
     _dense: Tensor | None = field(default=None, repr=False)
+    _bounds: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def dense(self) -> Tensor:
         """(b or 1, l, prefix + s) bool. Computed once; layers of one kind share it."""
@@ -77,6 +82,21 @@ class Visibility:
         )
         return F.pad(seen, (self.prefix, 0), value=True) if self.prefix else seen
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Of packed rows in order, (b or 1, l) int32 each: the first key that a query sees, and the query behind the
+        last one that sees a key. Computed once; both rise along a row."""
+        if self._bounds is None:
+            assert self.query_document is not None
+            document, position = torch.broadcast_tensors(self.query_document.long() << 32, self.query)
+            reach = position * 0 if self.window is None else (position - self.window).clamp(min=0)
+            here = torch.arange(position.shape[1], device=position.device).expand(position.shape).contiguous()
+            first = torch.searchsorted((document + position).contiguous(), (document + reach).contiguous())
+            # Padding behind a row may have any positions: it sees itself at least.
+            first = torch.minimum(first, here).cummax(dim=1).values
+            behind = torch.searchsorted(first, here, right=True)
+            self._bounds = first.int(), behind.int()
+        return self._bounds
+
     def to(self, device: torch.device | str, *_: object, **__: object) -> Visibility:
         """The same visibility with its tensors on `device`."""
         if self.query.device == torch.device(device):
@@ -93,4 +113,5 @@ class Visibility:
             own_keys=self.own_keys,
             query_document=move(self.query_document),
             key_document=move(self.key_document),
+            start=move(self.start),
         )

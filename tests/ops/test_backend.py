@@ -27,7 +27,7 @@ def run(**options):
 
 
 def test_auto_takes_pytorch_on_the_cpu(call):
-    for op in ("selective_scan", "causal_conv1d", "selective_state_update", "causal_conv1d_update"):
+    for op in ("selective_scan", "causal_conv1d", "selective_state_update", "causal_conv1d_update", "attention"):
         assert backend.resolve(op, "auto", call) == backend.Choice("torch", False)
 
 

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on_device
+from ..attention_op import Sources, padded_rows
+from ._common import INTERPRETED, on_device
 
 OWN, RING_AND_OWN, BUFFER, RING = 0, 1, 2, 3
 LOG2_E = 1.4426950408889634
@@ -62,6 +63,16 @@ def tile_for(table: dict[tuple[int, int], Tile], v: Tensor, d: int) -> Tile:
 
 
 @triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, or a b without acc. The interpreter cannot multiply bfloat16 numbers."""
+    if PRECISION == "interpreted":
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        out = tl.dot(a, b, acc, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def key_row(r, start, length, slots, KEYS: tl.constexpr):
     """The row of the key at relative position r (a vector); one past the last own key gets the last one's row."""
     r = tl.minimum(r, length - 1)
@@ -90,7 +101,7 @@ def visible_keys(
     first that all rows see.
     """
     query = rows // G
-    first = tile * M // G
+    first = tl.minimum(tile * M // G, length - 1)
     last = tl.minimum((tile * M + M - 1) // G, length - 1)
     oldest = 0
     if KEYS == 1:
@@ -160,7 +171,7 @@ def _forward_kernel(
             k_at = k_base + row.to(tl.int64)[:, None] * k_s
             v_at = v_base + row.to(tl.int64)[:, None] * v_s
         k = tl.load(k_at + d[None, :])
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = product(q, tl.trans(k), None, PRECISION)
         if not whole:
             key = at + n
             newest, oldest = query, low
@@ -175,7 +186,7 @@ def _forward_kernel(
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         v = tl.load(v_at + e[None, :])
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = product(weights.to(v.dtype), v, acc, PRECISION)
         top = above
 
     out = acc / total[:, None]
@@ -186,93 +197,74 @@ def _forward_kernel(
     tl.store(lse_at, top + tl.log2(total), mask=here)
 
 
-class Sources(NamedTuple):
-    """What an attention call reads; see `hymba.ops.attention_op.run_attention`. low and high are set together."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prefix_k: Tensor | None
-    prefix_v: Tensor | None
-    start: Tensor | None
-    low: Tensor | None
-    high: Tensor | None
-    window: int | None
-    own_keys: int | None
-
-    @property
-    def slots(self) -> int:
-        return self.own_keys or self.k.shape[1]
-
-    def constants(self) -> dict[str, int | bool | str]:
-        """Compile-time arguments that both passes share."""
-        if self.own_keys is None:
-            keys = BUFFER if self.window is None else RING
-        else:
-            keys = RING_AND_OWN if self.own_keys else OWN
-        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        return {
-            "G": self.q.shape[2] // self.k.shape[2],
-            "D": self.q.shape[3],
-            "E": self.v.shape[3],
-            "KEYS": keys,
-            "PREFIX": self.prefix_k is not None,
-            "WINDOWED": self.window is not None,
-            "BOUNDED": self.low is not None,
-            "PRECISION": "tf32" if tf32 else "ieee",
-        }
-
-    def prefix(self) -> tuple[Tensor, Tensor, int]:
-        """Prefix keys and values (any tensors when there are none) and their number."""
-        if self.prefix_k is None or self.prefix_v is None:
-            return self.k, self.v, 0
-        return self.prefix_k, self.prefix_v, self.prefix_k.shape[1]
-
-    def strides(self) -> list[int]:
-        """Of q, k, v, prefix_k, prefix_v: batch, token, head; a batch of one is shared by all rows."""
-        pk, pv, _ = self.prefix()
-        out: list[int] = []
-        for x in (self.q, self.k, self.v, pk, pv):
-            out += [batch_stride(x), x.stride(1), x.stride(2)]
-        return out
+def constants(s: Sources) -> dict[str, int | bool | str]:
+    """Compile-time arguments that both passes share."""
+    if s.own_keys is None:
+        keys = BUFFER if s.window is None else RING
+    else:
+        keys = RING_AND_OWN if s.own_keys else OWN
+    tf32 = s.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "G": s.q.shape[2] // s.k.shape[2],
+        "D": s.q.shape[3],
+        "E": s.v.shape[3],
+        "KEYS": keys,
+        "PREFIX": s.prefix_k is not None,
+        "WINDOWED": s.window is not None,
+        "BOUNDED": s.low is not None,
+        "PRECISION": "interpreted" if INTERPRETED else "tf32" if tf32 else "ieee",
+    }
 
 
-def padded_rows(rows: int) -> int:
-    """Room per key head for a number per row: whole tiles, so that kernels read aligned and past the end."""
-    return triton.cdiv(rows, 256) * 256
+def prefix_of(s: Sources) -> tuple[Tensor, Tensor, int]:
+    """Prefix keys and values (any tensors when there are none) and their number."""
+    if s.prefix_k is None or s.prefix_v is None:
+        return s.k, s.v, 0
+    return s.prefix_k, s.prefix_v, s.prefix_k.shape[1]
+
+
+def strides(s: Sources) -> list[int]:
+    """Of q, k, v, prefix_k, prefix_v: batch, token, head; a batch of one is shared by all rows."""
+    pk, pv, _ = prefix_of(s)
+    out: list[int] = []
+    for x in (s.q, s.k, s.v, pk, pv):
+        out += [batch_stride(x), x.stride(1), x.stride(2)]
+    return out
 
 
 def batch_stride(x: Tensor | None) -> int:
     return x.stride(0) if x is not None and x.shape[0] > 1 else 0
 
 
-def last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def heads_contiguous(s: Sources) -> Sources:
+    """The same, with copies of tensors whose heads are not contiguous."""
+    five = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in s[:5]]
+    return Sources(*five, *s[5:])  # type: ignore[call-arg, arg-type]
 
 
 def forward(s: Sources, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp.
 
     Args:
-        s: q (b, l, h, d), k (b, s, k, d), v (b, s, k, e) and the rest; d and e powers of two from 16 to 256.
+        s: what to read; d and e are powers of two from 16 to 256, the five tensors have one dtype.
         tile: block shape; by default from the table.
 
     Returns:
         output (b, l, h * e) in `v.dtype`; log2 of the sum of exponentials (b, k, padded_rows(l * g)) float32, row
         i * g + head for query i.
     """
-    s = s._replace(q=last_contiguous(s.q), k=last_contiguous(s.k), v=last_contiguous(s.v))
+    s = heads_contiguous(s)
     (b, l, h, d), heads, e = s.q.shape, s.k.shape[2], s.v.shape[3]
     tile = tile or tile_for(TILES, s.v, d)
     out = torch.empty(b, l, h * e, dtype=s.v.dtype, device=s.q.device)
     lse = torch.empty(b, heads, padded_rows(l * (h // heads)), dtype=torch.float32, device=s.q.device)
-    pk, pv, prefix = s.prefix()
+    pk, pv, prefix = prefix_of(s)
     grid = (triton.cdiv(l * (h // heads), tile.rows), heads, b)
     with on_device(s.q):
         _forward_kernel[grid](
             s.q, s.k, s.v, pk, pv, lse if s.start is None else s.start, lse if s.low is None else s.low, out, lse,
             l, prefix, s.window or 0, s.slots, lse.shape[2], d**-0.5 * LOG2_E,
-            *s.strides(), batch_stride(s.start), batch_stride(s.low),
-            M=tile.rows, N=tile.keys, **s.constants(), **tile.options(),
+            *strides(s), batch_stride(s.start), batch_stride(s.low),
+            M=tile.rows, N=tile.keys, **constants(s), **tile.options(),
         )  # fmt: skip
     return out, lse

@@ -15,8 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention_op import Sources
 from ._common import on_device
-from .attention import LOG2_E, Sources, Tile, batch_stride, key_row, last_contiguous, tile_for, visible_keys
+from .attention import (
+    LOG2_E,
+    Tile,
+    batch_stride,
+    constants,
+    heads_contiguous,
+    key_row,
+    prefix_of,
+    product,
+    strides,
+    tile_for,
+    visible_keys,
+)
 
 # As in the forward pass.
 QUERY_TILES: dict[tuple[int, int], Tile] = {
@@ -94,8 +107,8 @@ def _query_kernel(
             v_at = v_base + row.to(tl.int64)[:, None] * v_s
         k = tl.load(k_at + d[None, :])
         v = tl.load(v_at + e[None, :])
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        change = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        scores = product(q, tl.trans(k), None, PRECISION)
+        change = product(dout, tl.trans(v), None, PRECISION)
         weights = tl.exp2(scores * scale - lse[:, None])
         if not whole:
             key = at + n
@@ -106,7 +119,7 @@ def _query_kernel(
             seen = (key[None, :] <= newest[:, None]) & (key[None, :] >= oldest[:, None])
             weights = tl.where(seen, weights, 0.0)
         change = weights * (change - delta[:, None])
-        acc = tl.dot(change.to(k.dtype), k, acc, input_precision=PRECISION)
+        acc = product(change.to(k.dtype), k, acc, PRECISION)
 
     dq_at = dq_ptr + (out_row * D)[:, None] + d[None, :]
     tl.store(dq_at, (acc * dq_scale).to(dq_ptr.dtype.element_ty), mask=here[:, None])
@@ -189,16 +202,16 @@ def _key_kernel(
         dout = tl.load(dout_base + (token * (heads * G * E) + (r % G) * E)[:, None] + e[None, :])
         lse = tl.load(lse_base + at + m)
         delta = tl.load(delta_base + at + m)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        change = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        scores = product(k, tl.trans(q), None, PRECISION)
+        change = product(v, tl.trans(dout), None, PRECISION)
         weights = tl.exp2(scores * scale - lse[None, :])
         if (at // G < all_from) | (at + M > (all_to + 1) * G):
             query = (at + m) // G
             seen = (query[None, :] >= newest[:, None]) & (query[None, :] <= oldest[:, None])
             weights = tl.where(seen, weights, 0.0)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dv = product(weights.to(dout.dtype), dout, dv, PRECISION)
         change = weights * (change - delta[None, :])
-        dk = tl.dot(change.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = product(change.to(q.dtype), q, dk, PRECISION)
 
     dk *= dk_scale
     here = (j < end)[:, None]
@@ -226,22 +239,22 @@ def backward(
         dout: (b, l, h * e), the output's gradient.
         tiles: block shapes of the two kernels; by default from the tables.
     """
-    s = s._replace(q=last_contiguous(s.q), k=last_contiguous(s.k), v=last_contiguous(s.v))
+    s = heads_contiguous(s)
     (b, l, h, d), (keys, heads), e = s.q.shape, s.k.shape[1:3], s.v.shape[3]
     dout = dout.contiguous()
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (s.q, s.k, s.v))
-    pk, pv, prefix = s.prefix()
+    pk, pv, prefix = prefix_of(s)
     start, low, high = (lse if x is None else x for x in (s.start, s.low, s.high))
-    constants, scale = s.constants(), d**-0.5
+    constexprs, scale = constants(s), d**-0.5
     rows = l * (h // heads)
     with on_device(s.q):
         tile = tiles[0] or tile_for(QUERY_TILES, s.v, d)
         _query_kernel[(triton.cdiv(lse.shape[2], tile.rows), heads, b)](
             s.q, s.k, s.v, pk, pv, start, low, out, dout, lse, delta, dq,
             l, prefix, s.window or 0, s.slots, lse.shape[2], scale * LOG2_E, scale,
-            *s.strides(), batch_stride(s.start), batch_stride(s.low),
-            M=tile.rows, N=tile.keys, **constants, **tile.options(),
+            *strides(s), batch_stride(s.start), batch_stride(s.low),
+            M=tile.rows, N=tile.keys, **constexprs, **tile.options(),
         )  # fmt: skip
         tile = tiles[1] or tile_for(KEY_TILES, s.v, d)
         splits = triton.cdiv(rows, PREFIX_ROWS)
@@ -254,8 +267,8 @@ def backward(
         _key_kernel[(programs, heads, b)](
             s.q, s.k, s.v, pk, pv, start, high, dout, lse, delta, dk, dv, dpk, dpv,
             l, keys, prefix, s.window or 0, s.slots, lse.shape[2], scale * LOG2_E, scale, splits, split_rows,
-            *s.strides(), batch_stride(s.start), batch_stride(s.high),
-            M=tile.rows, N=tile.keys, **constants, **tile.options(),
+            *strides(s), batch_stride(s.start), batch_stride(s.high),
+            M=tile.rows, N=tile.keys, **constexprs, **tile.options(),
         )  # fmt: skip
     if s.prefix_k is None or s.prefix_v is None:
         return [dq, dk, dv, dpk.new_empty(0), dpv.new_empty(0)]

@@ -34,6 +34,7 @@ def _all_kinds() -> list[Any]:
     """One of each with every optional tensor filled in."""
     seen = Visibility(*(torch.zeros(1, 3, dtype=torch.long) for _ in range(2)), window=2, prefix=1)
     seen.query_document = seen.key_document = torch.zeros(1, 3)
+    seen.start = torch.zeros(1, dtype=torch.long)
     span = Span.following(3, lengths=torch.tensor([2, 3]), offset=1)
     span.seq_idx = torch.zeros(2, 3, dtype=torch.int32)
     kv = KVState(window=2, keys=torch.zeros(2, 3, 1, 4), values=torch.zeros(2, 3, 1, 4))
@@ -45,7 +46,7 @@ def _all_kinds() -> list[Any]:
 @pytest.mark.parametrize("value", _all_kinds(), ids=lambda value: type(value).__name__)
 def test_every_tensor_follows(value: Any) -> None:
     empty = [field.name for field in fields(value) if getattr(value, field.name) is None]
-    assert set(empty) <= {"_dense", "own_keys"}, "the case should fill every field in"
+    assert set(empty) <= {"_dense", "_bounds", "own_keys"}, "the case should fill every field in"
     before = _tensors(value)
     for move in (lambda: value.to("meta"), lambda: send_to_device({"a": value}, torch.device("meta"))["a"]):
         moved = move()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hymba.ops import backend as backends
 from hymba.ops._checks import no_autocast
+from hymba.ops.adapters import flash_attention
 from hymba.ops.attention_op import OP, Sources, run_attention
 from hymba.ops.masks import Visibility
 
@@ -147,10 +148,17 @@ def attention(
         raise ValueError(f"implementation={implementation!r}: allowed: 'sdpa', 'eager'")
     reference = need_weights or implementation == "eager"
     if not reference:
-        call = backends.Call(q, v, no_kernel=_no_kernel(q, k, v, visibility, dropout))
+        no_kernel = _no_kernel(q, k, v, visibility, dropout)
+        call = backends.Call(q, v, no_kernel=no_kernel, visibility=visibility, dropout=dropout)
         choice = backends.resolve(OP, backend, call)
         if choice.name == "triton":
             return run_attention(_sources(q, k, v, visibility, prefix_k, prefix_v), choice.name, choice.forced), None
+        if choice.name in flash_attention.GENERATIONS:
+            try:
+                keys = (k.to(q.dtype), v, prefix_k, prefix_v)
+                return flash_attention.attention(q, *keys, visibility.window, choice.name), None
+            except Exception as error:
+                backends.kernel_failed(OP, choice.name, error, was_forced=choice.forced)
         reference = choice.name == "reference"
 
     if q.shape[1] == 1 and q.device.type == "cpu" and not reference and not dropout:

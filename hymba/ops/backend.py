@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .adapters import causal_conv1d as conv_package
-from .adapters import mamba_ssm
+from .adapters import flash_attention, mamba_ssm
+from .masks import Visibility
 
 ENV = "HYMBA_BACKEND"
 
@@ -35,7 +36,7 @@ class Call:
     """What a choice depends on: the activations and, for the scan, A (its states), else the conv weight (its taps).
 
     The rest is None where the call has none. For attention, x is the queries and weight the values, and no_kernel says
-    why the kernels cannot take its arguments.
+    why our kernels cannot take its arguments.
     """
 
     x: Tensor
@@ -43,6 +44,8 @@ class Call:
     initial_state: Tensor | None = None
     seq_idx: Tensor | None = None
     no_kernel: str | None = None
+    visibility: Visibility | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,21 @@ _MAMBA_SCAN = _Backend(mamba_ssm.probe_scan, mamba_ssm.serves_scan, _on_gpu, "ma
 _MAMBA_STEP = _Backend(mamba_ssm.probe_update, mamba_ssm.serves_update, _on_gpu, "mamba-ssm")
 _CONV = _Backend(conv_package.probe, conv_package.serves, _on_gpu, "causal-conv1d")
 _CONV_STEP = _Backend(conv_package.probe, conv_package.serves_update, _on_gpu, "causal-conv1d")
+_FLASH_2 = _Backend(flash_attention.probe_2, flash_attention.serves_2, _many_on_gpu, "flash-attn")
+_FLASH_4 = _Backend(flash_attention.probe_4, flash_attention.serves_4, _many_on_gpu, "flash-attn-4")
 
 _TABLE: dict[str, dict[str, _Backend]] = {
     "selective_scan": {"triton": _TRITON, "mamba_ssm": _MAMBA_SCAN, "torch": _TORCH, "reference": _REFERENCE},
     "selective_state_update": {"triton": _TRITON, "mamba_ssm": _MAMBA_STEP, "torch": _TORCH},
     "causal_conv1d": {"triton": _TRITON_CONV, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
     "causal_conv1d_update": {"triton": _TRITON, "causal_conv1d": _CONV_STEP, "torch": _TORCH},
-    "attention": {"triton": _TRITON_ATTENTION, "torch": _TORCH, "reference": _REFERENCE},
+    "attention": {
+        "triton": _TRITON_ATTENTION,
+        "flash_attn_4": _FLASH_4,
+        "flash_attn": _FLASH_2,
+        "torch": _TORCH,
+        "reference": _REFERENCE,
+    },
     "rms_norm": {"triton": _TRITON_FUSED, "torch": _TORCH},
     "gate": {"triton": _TRITON_FUSED, "torch": _TORCH},
     "rope": {"triton": _TRITON_FUSED, "torch": _TORCH},

@@ -14,7 +14,10 @@ from torch import Tensor
 from hymba.ops import adapters, backend
 
 FAKES = Path(__file__).parent / "fakes"
-NAMES = ("selective_scan_cuda", "mamba_ssm", "causal_conv1d_cuda", "causal_conv1d", "flash_attn", "flash_attn_2_cuda")
+NAMES = (
+    "selective_scan_cuda mamba_ssm causal_conv1d_cuda causal_conv1d flash_attn flash_attn_2_cuda "
+    "autograd_apart flash_reference"
+).split()
 
 
 def real(extension: str) -> bool:

@@ -1,0 +1,1 @@
+"""The extension of flash-attn 2, which its Python functions call."""

@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         "branch norms swapped",
         "nn/hybrid.py",
-        "self.attention_norm(attended) + self.mamba_norm(scanned)",
-        "self.mamba_norm(attended) + self.attention_norm(scanned)",
+        "first, second = self.attention_norm, self.mamba_norm",
+        "second, first = self.attention_norm, self.mamba_norm",
     ),
     Fault(
         "a stale meta state",

@@ -32,6 +32,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def product_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast brings `x` to before a product, or `None` when it leaves it alone."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    # Meta tensors, which stand for what is on no device yet, have no autocast to ask about.
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)

@@ -64,7 +64,7 @@ class FusedStep:
             torch.mm(norm_rows(x, norm.weight, eps=norm.eps), head.weight.T, out=self.scores)
             self.logits.copy_(self.scores)
 
-    def _attend(self, i: int, parts: tuple[Tensor, ...], ahead: Tensor | None = None) -> Tensor:
+    def _attend(self, i: int, parts: tuple[Tensor, ...]) -> Tensor:
         """Attention of layer i on its split projection, (b, d_inner)."""
         lender = self.model.model.lenders[i]
         lending = self.cache.layers[i if lender is None else lender]
@@ -76,7 +76,7 @@ class FusedStep:
         return decode_attention(
             parts[0], k, v, keys=lending.kv.keys, values=lending.kv.values, position=self.cache.seen,
             cos=self.cos, sin=self.sin, window=block.mixer.attention.window, count=self.count,
-            prefix_k=lending.prefix_k, prefix_v=lending.prefix_v, valid=self.active, ahead=ahead,
+            prefix_k=lending.prefix_k, prefix_v=lending.prefix_v, valid=self.active,
         )  # fmt: skip
 
     def _scan(self, i: int, u: Tensor, z: Tensor, low: Tensor, conv: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
@@ -95,37 +95,24 @@ class FusedStep:
         block, state = self.model.model.layers[i], self.cache.layers[i]
         assert isinstance(block, HymbaBlock) and state.conv is not None
         mixer, mamba, mlp = block.mixer, block.mixer.mamba, block.mlp
-        # What a product reads is brought to the L2 cache while the kernels before it wait for one another.
-        up, down, gate = None, None, None
-        if mlp is not None:
-            up, down = mlp.up_proj.weight, mlp.down_proj.weight
-            gate = None if mlp.gate_proj is None else mlp.gate_proj.weight
         parts = gemv(
             x, mixer.in_proj.weight, norm=block.input_norm.weight, eps=block.input_norm.eps, bias=mixer.in_proj.bias
         ).split(mixer.splits, dim=-1)
-        attended = self._attend(i, parts, ahead=mixer.out_proj.weight)
+        attended = self._attend(i, parts)
         conv = (mamba.conv1d.weight[:, 0], mamba.conv1d.bias, state.conv)
-        low = gemv(parts[-2], mamba.x_proj.weight, conv=conv, early=True, ahead=gate)
+        low = gemv(parts[-2], mamba.x_proj.weight, conv=conv, early=True)
         scanned = self._scan(i, parts[-2], parts[-1], low, conv)
         gemv(
             attended, mixer.out_proj.weight, norm=mixer.attention_norm.weight, eps=mixer.attention_norm.eps,
-            merge=(scanned, mixer.mamba_norm.weight), bias=mixer.out_proj.bias, add_to=x, early=True, ahead=up,
+            merge=(scanned, mixer.mamba_norm.weight), bias=mixer.out_proj.bias, add_to=x, early=True,
         )  # fmt: skip
-        if up is not None and down is not None and block.ffn_norm is not None:
+        if mlp is not None and block.ffn_norm is not None:
+            gate = None if mlp.gate_proj is None else mlp.gate_proj.weight
             inner = gemv(
-                x, up, norm=block.ffn_norm.weight, eps=block.ffn_norm.eps, gate=gate, relu2=gate is None, ahead=down
+                x, mlp.up_proj.weight, norm=block.ffn_norm.weight, eps=block.ffn_norm.eps, gate=gate, relu2=gate is None
             )
-            gemv(inner, down, add_to=x, ahead=self._first_of(i + 1))
+            gemv(inner, mlp.down_proj.weight, add_to=x)
         return x
-
-    def _first_of(self, i: int) -> Tensor | None:
-        """The weight that the layer after this one, or the head, reads first."""
-        layers = self.model.model.layers
-        if i == len(layers):
-            return None
-        following = layers[i]
-        assert isinstance(following, HymbaBlock)
-        return following.mixer.in_proj.weight
 
     def _rows_layer(self, i: int, x: Tensor) -> Tensor:
         """cuBLAS for the products, seven launches around them; x is overwritten."""

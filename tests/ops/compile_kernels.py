@@ -125,7 +125,7 @@ def decode_step(dtype: torch.dtype, dependent: bool) -> None:
     gemv.gemv(wide, zeros(132, 3200), conv=(zeros(3200, 4), zeros(3200), zeros(1, 3, 3200)))
     gemv.gemv(wide, zeros(1600, 3200), norm=zeros(3200), merge=(wide, zeros(3200)), add_to=one)
     gemv.gemv(one, zeros(5504, 1600), norm=zeros(1600), gate=zeros(5504, 1600))
-    gemv.gemv(inner, zeros(1600, 5504), add_to=one, ahead=zeros(8960, 1600))
+    gemv.gemv(inner, zeros(1600, 5504), add_to=one)
     gemv.gemv(one, zeros(320, 1600), norm=zeros(1600), out=torch.zeros(1, 320))
     for rows, window in ((1, 1024), (16, None)):
         position, count = torch.zeros(rows, dtype=torch.long), torch.zeros(rows * 5, dtype=torch.int32)
@@ -135,7 +135,7 @@ def decode_step(dtype: torch.dtype, dependent: bool) -> None:
                 zeros(rows, 1600), zeros(rows, 320) if own else None, zeros(rows, 640) if own else None,
                 keys=zeros(rows, 1025, 5, 64), values=zeros(rows, 1025, 5, 128), position=position, cos=table,
                 sin=table, window=window, count=count, prefix_k=zeros(1, 128, 5, 64), prefix_v=zeros(1, 128, 5, 128),
-                valid=valid, splits=4, ahead=zeros(1600, 3200),
+                valid=valid, splits=4,
             )  # fmt: skip
         x = zeros(rows, 3200)
         conv = (zeros(3200, 4), zeros(3200), zeros(1, 3, 3200)) if rows == 1 else None

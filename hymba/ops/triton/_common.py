@@ -125,38 +125,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-PIECE = 4096
-"""Bytes of one bulk prefetch."""
-
-
-@triton.jit
-def prefetch(pointer, pieces, pid, programs, EACH: tl.constexpr):
-    """Bring a program's share of `pieces` of 4096 bytes to the L2 cache: EACH pieces, the last ones perhaps again."""
-    piece = pid * EACH + tl.arange(0, EACH)
-    address = pointer.to(tl.int64) + tl.minimum(piece, pieces - 1).to(tl.int64) * 4096
-    # Fewer elements than threads are repeated over the threads: one of them is enough.
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 t;
-        mov.u32 t, %tid.x;
-        setp.lt.u32 p, t, $2;
-        @p cp.async.bulk.prefetch.L2.global [$1], 4096;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [address, tl.full((EACH,), EACH, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-def prefetch_options(ahead: Tensor | None, programs: int, flags: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a launch of `programs` programs that prefetches a contiguous weight, or does not."""
-    if ahead is None or not flags["OVERLAPS"]:
-        return {"ahead_ptr": 0, "ahead_pieces": 0, "AHEAD": 0}
-    pieces = ahead.numel() * ahead.element_size() // PIECE
-    each = triton.next_power_of_2(triton.cdiv(pieces, programs))
-    return {"ahead_ptr": ahead, "ahead_pieces": pieces, "AHEAD": each if pieces else 0}
-
-
 __all__ = [
     "INTERPRETED", "channels_last", "document_start", "element", "on_device", "or_dummy", "overlaps", "processors",
     "release_next", "row", "rows_of", "sigmoid", "softplus", "strides", "wait_for_previous",

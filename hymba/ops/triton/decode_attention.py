@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import overlaps, prefetch, prefetch_options, release_next, wait_for_previous
+from ._common import overlaps, release_next, wait_for_previous
 
 TILES = {1: (64, 4, 2, 16), 4: (64, 4, 3, 16), None: (64, 4, 3, 16)}
 """Keys at a time, warps, pipeline stages and the most stretches of a row, by rows up to which they serve."""
@@ -170,12 +170,7 @@ def _decode_kernel(
     q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     PADDED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
-    ahead_ptr, ahead_pieces, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    if AHEAD > 0:
-        programs = tl.num_programs(1) * tl.num_programs(2)
-        pid = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-        prefetch(ahead_ptr, ahead_pieces, pid, tl.num_programs(0) * programs, AHEAD)
     if OVERLAPS:
         wait_for_previous()
         release_next()
@@ -212,7 +207,6 @@ def decode_attention(
     valid: Tensor | None = None,
     splits: int | None = None,
     tiles: tuple[int, int, int, int] | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Attention of a single token per row, which writes its own key and value to the cache.
 
@@ -227,7 +221,6 @@ def decode_attention(
         prefix_k, prefix_v: (b or 1, m, kv, d) and (b or 1, m, kv, e), keys that every query sees.
         valid: (b,) bool; rows at rest write nothing.
         splits: stretches per row and key head; by default enough to fill the device. tiles: as in `TILES`.
-        ahead: a weight that is brought to the L2 cache meanwhile.
 
     Returns:
         (b, h * e) in `values.dtype`.
@@ -255,7 +248,6 @@ def decode_attention(
         return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
     flags = overlaps(q)
-    bring = prefetch_options(ahead, rows * heads * splits, flags)
     _decode_kernel[(rows, heads, splits)](
         q, new_k, new_v, keys, values, prefix_k, prefix_v, cos, sin, position, q if valid is None else valid,
         out, part, lse, count, slots, prefix, stretch, window or 0, d**-0.5 * 1.4426950408889634,
@@ -266,6 +258,6 @@ def decode_attention(
         G=h // heads, GROUP=triton.next_power_of_2(h // heads), ROWS=max(16, triton.next_power_of_2(h // heads)),
         D=d, E=e, BLOCK=block,
         PADDED=triton.next_power_of_2(splits), WINDOWED=window is not None, OWN=k is not None,
-        MASKED=valid is not None, num_warps=warps, num_stages=stages, **flags, **bring,
+        MASKED=valid is not None, num_warps=warps, num_stages=stages, **flags,
     )  # fmt: skip
     return out

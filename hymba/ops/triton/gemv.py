@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import overlaps, prefetch, prefetch_options, release_next, wait_for_previous
+from ._common import overlaps, release_next, wait_for_previous
 
 PLAIN, NORM, MERGE, CONV = 0, 1, 2, 3
 
@@ -31,7 +31,6 @@ def _gemv_kernel(
     N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, GATED: tl.constexpr,
     RELU2: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, OVERLAPS: tl.constexpr,
-    ahead_ptr, ahead_pieces, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BN output features; BK is at least K."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -54,8 +53,6 @@ def _gemv_kernel(
             before = tl.load(window_ptr + tap * K + k, mask=here, other=0.0).to(tl.float32)
             total += before * tl.load(norm_ptr + k * TAPS + tap, mask=here, other=0.0).to(tl.float32)
         norm = tl.load(norm_ptr + k * TAPS + (TAPS - 1), mask=here, other=0.0).to(tl.float32)
-    if AHEAD > 0:
-        prefetch(ahead_ptr, ahead_pieces, tl.program_id(0), tl.num_programs(0), AHEAD)
     if OVERLAPS and not EARLY:
         wait_for_previous()
         release_next()
@@ -121,7 +118,6 @@ def gemv(
     add_to: Tensor | None = None,
     out: Tensor | None = None,
     early: bool = False,
-    ahead: Tensor | None = None,
     blocks: tuple[int, int] | None = None,
 ) -> Tensor:
     """`f(x) W^T` for one row, with what surrounds it in the block.
@@ -138,7 +134,6 @@ def gemv(
         add_to: (1, n): the result is added to it in place.
         out: (1, n) to write to, of any dtype; by default new, in `x.dtype`.
         early: x (the first branch of a merge) was not written by the kernel launched just before this one.
-        ahead: a weight that is brought to the L2 cache meanwhile.
         blocks: output features per program, and warps.
 
     Returns:
@@ -164,6 +159,6 @@ def gemv(
         x, x2, x if norm is None else norm, norm2, window, conv_bias, first, second, x if bias is None else bias, out,
         features, depth, eps, BN=bn, BK=triton.next_power_of_2(depth), KIND=kind,
         TAPS=0 if conv is None else conv[0].shape[1], GATED=gate is not None, RELU2=relu2, ADD=add_to is not None,
-        BIAS=bias is not None, EARLY=early, num_warps=warps, **flags, **prefetch_options(ahead, programs, flags),
+        BIAS=bias is not None, EARLY=early, num_warps=warps, **flags,
     )  # fmt: skip
     return out

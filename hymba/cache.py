@@ -93,11 +93,11 @@ class HymbaCache(Cache):
 
     # What the model does with a cache.
 
-    def begin(self, prefix: list[LayerState], rows: int) -> None:
-        """Start all rows from the state after the meta tokens.
+    def begin(self, index: int, start: LayerState, rows: int) -> None:
+        """Start all rows of a layer from its state after the meta tokens.
 
         Args:
-            prefix: one state per layer, batch 1 (`hymba.nn.run_prefix`), or empty states without meta tokens.
+            start: batch 1 (`hymba.nn.PrefixRun`), or an empty state without meta tokens.
             rows: batch size.
         """
 
@@ -108,34 +108,27 @@ class HymbaCache(Cache):
             return None if tensor is None else (tensor.clone() if tensor.is_inference() else tensor.detach())
 
         with _lasting():
-            for i, (state, start) in enumerate(zip(self.layers, prefix, strict=True)):
-                self.layers[i] = replace(
-                    state,
-                    prefix_k=shared(start.prefix_k),
-                    prefix_v=shared(start.prefix_v),
-                    conv=own(start.conv),
-                    ssm=own(start.ssm),
-                )
-        self.started = True
+            self.layers[index] = replace(
+                self.layers[index],
+                prefix_k=shared(start.prefix_k),
+                prefix_v=shared(start.prefix_v),
+                conv=own(start.conv),
+                ssm=own(start.ssm),
+            )
 
-    def functional(self, start: list[LayerState] | None = None) -> list[LayerState]:
-        """The states for a call that autograd records: nothing that the cache holds is written by it.
+    def functional(self, index: int, start: LayerState | None = None) -> LayerState:
+        """A layer's state for a call that autograd records: nothing that the cache holds is written by it.
 
         Args:
-            start: states after the meta tokens, with gradients, when the call is the first one.
+            start: the state after the meta tokens, with gradients, when the call is the first one.
         """
-        states = []
-        for i, state in enumerate(self.layers):
-            kv = None if state.kv is None else replace(state.kv, in_place=False)
-            state = replace(state, kv=kv, in_place=False)
-            if start is not None:
-                own = start[i]
-                state = replace(state, prefix_k=own.prefix_k, prefix_v=own.prefix_v, conv=own.conv, ssm=own.ssm)
-            else:
-                # The graph keeps what the scan starts from, and `put` overwrites the cache's own tensors.
-                state = map_tensors(state, lambda name, tensor: tensor.clone() if name in ("conv", "ssm") else tensor)
-            states.append(state)
-        return states
+        state = self.layers[index]
+        kv = None if state.kv is None else replace(state.kv, in_place=False)
+        state = replace(state, kv=kv, in_place=False)
+        if start is not None:
+            return replace(state, prefix_k=start.prefix_k, prefix_v=start.prefix_v, conv=start.conv, ssm=start.ssm)
+        # The graph keeps what the scan starts from, and `put` overwrites the cache's own tensors.
+        return map_tensors(state, lambda name, tensor: tensor.clone() if name in ("conv", "ssm") else tensor)
 
     def put(self, index: int, state: LayerState) -> None:
         """Take over a layer's state after a call: as it is, or from `functional` states as a copy without gradients."""

@@ -106,7 +106,7 @@ class DecodeStep:
             lengths=self.active.long(),
             offset=self.model.config.num_memory_tokens,
         )
-        x, _, _ = body._run(x, self.cache.layers, span, self.cache, False, False)
+        x, _, _ = body._run(x, self.cache.layers.__getitem__, span, self.cache, False, False)
         self.logits.copy_(self.model.lm_head(body.final_norm(x))[:, 0])
 
     @contextlib.contextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -20,9 +19,10 @@ from hymba.config import HymbaConfig, check_attention_implementation
 from hymba.generation import HymbaGenerationMixin
 from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents, readable
 from hymba.loading import CheckpointMixin
-from hymba.nn import Collected, HymbaBlock, LayerState, MetaTokens, RMSNorm, SharedKV, Span, run_prefix
+from hymba.nn import Collected, HymbaBlock, LayerState, MetaTokens, PrefixRun, RMSNorm, SharedKV, Span
 from hymba.nn.init import initialise
-from hymba.training import can_fuse_loss, fused_loss
+from hymba.ops.recompute import recomputed
+from hymba.training import ActivationMixin, can_fuse_loss, fused_loss
 
 # What transformers' collators, Trainer and generate() send along and the model has no use for.
 _IGNORED = frozenset(
@@ -38,7 +38,7 @@ _FORWARD = (
 _SCOPES = threading.Lock()
 
 
-class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class HymbaPreTrainedModel(CheckpointMixin, ActivationMixin, PreTrainedModel):
     """Loading, saving and initialisation."""
 
     config_class = HymbaConfig
@@ -65,18 +65,6 @@ class HymbaPreTrainedModel(CheckpointMixin, PreTrainedModel):
         for module in self.modules():
             module._is_hf_initialized = True
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """As in transformers, non-reentrant only: the re-entrant form drops gradients through states and shared KV."""
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("gradient_checkpointing_kwargs={'use_reentrant': True}: allowed: use_reentrant=False")
-        gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-        for module in self.modules():
-            if isinstance(module, HymbaModel):
-                module._checkpoint_every = every_n_layers
-
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         check_attention_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -93,7 +81,7 @@ class HymbaModel(HymbaPreTrainedModel):
     """The network without its head.
 
     The meta tokens are run once per call or cache, at batch 1, and every row starts from the state that they leave
-    behind (`hymba.nn.run_prefix`); this is exactly the prepended form of the paper's section 2.3.
+    behind (`hymba.nn.PrefixRun`); this is exactly the prepended form of the paper's section 2.3.
     """
 
     # A language model's checkpoint loads into the bare model.
@@ -131,7 +119,7 @@ class HymbaModel(HymbaPreTrainedModel):
             for spec in specs
         )
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.selective_checkpointing = False
         self._checkpoint_every = 1
         self._frozen: dict[Any, list[LayerState]] | None = None
         self._open_scopes = 0
@@ -154,6 +142,11 @@ class HymbaModel(HymbaPreTrainedModel):
         Args:
             device: where the text is, for autocast's sake; by default where the meta tokens are.
         """
+        prefix = self._prefix(device)
+        return prefix.finish() if isinstance(prefix, PrefixRun) else prefix
+
+    def _prefix(self, device: torch.device | None) -> list[LayerState] | PrefixRun:
+        """`meta_state`, or what gives it layer by layer."""
         if self.meta_tokens is None:
             return [LayerState() for _ in self.layers]
         if self._frozen is None or torch.is_grad_enabled():
@@ -161,15 +154,15 @@ class HymbaModel(HymbaPreTrainedModel):
         kind = (self.meta_tokens.weight.device if device is None else device).type
         key = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if key not in self._frozen:
-            self._frozen[key] = self._run_meta_tokens()
+            self._frozen[key] = self._run_meta_tokens().finish()
         return self._frozen[key]
 
-    def _run_meta_tokens(self) -> list[LayerState]:
+    def _run_meta_tokens(self) -> PrefixRun:
         assert self.meta_tokens is not None
         tokens, dtype = self.meta_tokens(), self.embed_tokens.weight.dtype
         # As wide as text, should the file hold them in another dtype.
         tokens = tokens.to(dtype) if dtype.is_floating_point else tokens
-        return run_prefix(self.layers, tokens, lenders=self.lenders)[0]
+        return PrefixRun(self.layers, tokens, lenders=self.lenders)
 
     @contextlib.contextmanager
     def frozen_meta_state(self) -> Iterator[None]:
@@ -267,10 +260,10 @@ class HymbaModel(HymbaPreTrainedModel):
         lengths = None if compaction is None else compaction.lengths
 
         span = self._span(cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q)
-        states = self._start(cache, rows, device)
+        start = self._start(cache, rows, device)
         if cache is not None:
             cache._interrupted = True
-        x, hidden, weights = self._run(inputs_embeds, states, span, cache, output_hidden_states, output_attentions)
+        x, hidden, weights = self._run(inputs_embeds, start, span, cache, output_hidden_states, output_attentions)
         if cache is not None:
             cache.advance(span, None if compaction is None else compaction.valid)
             cache._interrupted = False
@@ -340,20 +333,28 @@ class HymbaModel(HymbaPreTrainedModel):
                 f"{expected.tolist()}; leave them out, or set use_cache=False for packed documents"
             )
 
-    def _start(self, cache: HymbaCache | None, rows: int, device: torch.device) -> list[LayerState]:
-        if cache is None:
-            return self.meta_state(device)
-        if not cache.started:
-            meta = self.meta_state(device)
-            cache.begin(meta, rows)
-            if torch.is_grad_enabled():
-                return cache.functional(meta)
-        return cache.functional() if torch.is_grad_enabled() else cache.layers
+    def _start(self, cache: HymbaCache | None, rows: int, device: torch.device) -> Callable[[int], LayerState]:
+        """Gives the state that a layer starts from, when the layer is reached."""
+        first = cache is None or not cache.started
+        prefix = self._prefix(device) if first else None
+
+        def start(i: int) -> LayerState:
+            own = None if prefix is None else prefix[i]
+            if cache is None:
+                assert own is not None
+                return own
+            if own is not None:
+                cache.begin(i, own, rows)
+            return cache.functional(i, own) if torch.is_grad_enabled() else cache.layers[i]
+
+        if cache is not None:
+            cache.started = True
+        return start
 
     def _run(
         self,
         x: Tensor,
-        states: list[LayerState],
+        start: Callable[[int], LayerState],
         span: Span,
         cache: HymbaCache | None,
         output_hidden_states: bool | None,
@@ -366,6 +367,9 @@ class HymbaModel(HymbaPreTrainedModel):
         weights: list[list[Tensor]] | None = [] if want_weights else None
         lends = set(self.lenders)
         shared: dict[int, SharedKV] = {}
+        # A compiler decides by itself what backward makes again.
+        selective = self.selective_checkpointing and self.training and torch.is_grad_enabled()
+        selective = selective and not torch.compiler.is_compiling()
         for i, layer in enumerate(self.layers):
             if hidden is not None:
                 hidden.append(x)
@@ -374,10 +378,12 @@ class HymbaModel(HymbaPreTrainedModel):
             call = partial(layer.__call__, span=span, weights=collected)
             if self.gradient_checkpointing and self.training and i % self._checkpoint_every == 0:
                 x, state, kv = self._gradient_checkpointing_func(
-                    partial(call, kv=None if lender is None else shared[lender]), x, states[i]
+                    partial(call, kv=None if lender is None else shared[lender]), x, start(i)
                 )
             else:
-                x, state, kv = call(x, states[i], kv=None if lender is None else shared[lender])
+                first = start(i)
+                with recomputed() if selective else contextlib.nullcontext():
+                    x, state, kv = call(x, first, kv=None if lender is None else shared[lender])
             if i in lends:
                 shared[i] = kv
             if cache is not None:

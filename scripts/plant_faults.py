@@ -98,15 +98,15 @@ FAULTS = (
     Fault(
         "a cache that cuts the meta tokens' gradient",
         "model.py",
-        "return cache.functional(meta)",
-        "return cache.functional()",
+        "cache.functional(i, own)",
+        "cache.functional(i)",
         GRADIENTS,
     ),
     Fault(
         "a wrong borrower",
         "model.py",
-        "x, state, kv = call(x, states[i], kv=None if lender is None else shared[lender])",
-        "x, state, kv = call(x, states[i], kv=None if lender is None else shared[min(shared)])",
+        "x, state, kv = call(x, first, kv=None if lender is None else shared[lender])",
+        "x, state, kv = call(x, first, kv=None if lender is None else shared[min(shared)])",
     ),
     Fault(
         "rotary positions one off behind the meta tokens",

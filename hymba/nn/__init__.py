@@ -4,7 +4,7 @@ from hymba.nn.attention import AttentionHeads, Collected, SharedKV
 from hymba.nn.block import HymbaBlock
 from hymba.nn.hybrid import HybridHeads
 from hymba.nn.mamba import MambaHeads
-from hymba.nn.meta import MetaTokens, run_prefix
+from hymba.nn.meta import MetaTokens, PrefixRun, run_prefix
 from hymba.nn.mlp import MLP
 from hymba.nn.norm import HeadNorm, RMSNorm, rms_norm
 from hymba.nn.rope import apply_rope, rope_tables
@@ -21,6 +21,7 @@ __all__ = [
     "LayerState",
     "MambaHeads",
     "MetaTokens",
+    "PrefixRun",
     "RMSNorm",
     "SharedKV",
     "Span",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hymba.nn.hooks import is_plain
 from hymba.nn.init import initialise
 from hymba.nn.norm import RMSNorm
 from hymba.nn.state import LayerState, Span
 from hymba.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from hymba.ops.recompute import note
 from hymba.ops.selective_scan import selective_scan, selective_state_update
 
 
@@ -133,7 +136,12 @@ class MambaHeads(nn.Module):
     def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size before softplus and bias (b, l, d_inner), B and C (b, l, d_state)."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return self.dt_proj(self.dt_norm(dt)), self.B_norm(B), self.C_norm(C)
+        narrow = self.dt_norm(dt)
+        dt = self.dt_proj(narrow)
+        if is_plain(self.dt_proj, nn.Linear):
+            # Thirty times as wide as what it is made from.
+            note(dt, F.linear, narrow, self.dt_proj.weight)
+        return dt, self.B_norm(B), self.C_norm(C)
 
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, d_conv={self.d_conv}, dt_rank={self.dt_rank}"

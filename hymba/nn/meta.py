@@ -39,35 +39,54 @@ class MetaTokens(nn.Module):
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
-def run_prefix(
-    layers: Iterable[nn.Module], tokens: Tensor, *, lenders: Sequence[int | None]
-) -> tuple[list[LayerState], list[Tensor]]:
-    """Run meta tokens through all layers once, from the empty state.
+class PrefixRun:
+    """Runs meta tokens through the layers from the empty state, each layer when its state is first asked for.
 
     What they leave behind (keys and values, convolution window, SSM state) depends on the weights alone and is where
     every row and every packed document starts: exactly the prepended form, at the cost of one short row.
+
+    Asked for layer by layer between the layers of the text, the short row costs an accelerator next to nothing: its
+    launches, of which there are as many as the text has, are made while the text is being computed.
 
     Args:
         layers: blocks in order.
         tokens: (m, hidden_size).
         lenders: for each layer the one whose keys and values it borrows, or `None`.
 
-    Returns:
-        one state per layer, batch 1, with gradients to `tokens` and the weights; and the hidden states
-        (1, m, hidden_size) before the first and after each layer.
+    Attributes:
+        states: of the layers run so far, batch 1, with gradients to `tokens` and the weights.
+        hidden: the hidden states (1, m, hidden_size) before the first and after each of those layers.
     """
-    x = tokens[None]
-    span = Span.following(tokens.shape[0], in_prefix=True, device=tokens.device)
-    states: list[LayerState] = []
-    hidden = [x]
-    shared: dict[int, SharedKV] = {}
-    lends = set(lenders)
-    for i, layer in enumerate(layers):
-        lender = lenders[i]
-        kv = None if lender is None else shared[lender]
-        x, state, kv = layer(x, None, span=span, kv=kv)
-        if i in lends:
-            shared[i] = kv
-        states.append(state.as_prefix())
-        hidden.append(x)
-    return states, hidden
+
+    def __init__(self, layers: Iterable[nn.Module], tokens: Tensor, *, lenders: Sequence[int | None]) -> None:
+        self.layers = list(layers)
+        self.lenders = lenders
+        self.lends = set(lenders)
+        self.span = Span.following(tokens.shape[0], in_prefix=True, device=tokens.device)
+        self.shared: dict[int, SharedKV] = {}
+        self.states: list[LayerState] = []
+        self.hidden = [tokens[None]]
+
+    def __getitem__(self, index: int) -> LayerState:
+        """The state of a layer after the meta tokens."""
+        for i in range(len(self.states), index + 1):
+            lender = self.lenders[i]
+            kv = None if lender is None else self.shared[lender]
+            x, state, kv = self.layers[i](self.hidden[i], None, span=self.span, kv=kv)
+            if i in self.lends:
+                self.shared[i] = kv
+            self.states.append(state.as_prefix())
+            self.hidden.append(x)
+        return self.states[index]
+
+    def finish(self) -> list[LayerState]:
+        """The states of all layers."""
+        return [self[i] for i in range(len(self.layers))]
+
+
+def run_prefix(
+    layers: Iterable[nn.Module], tokens: Tensor, *, lenders: Sequence[int | None]
+) -> tuple[list[LayerState], list[Tensor]]:
+    """A `PrefixRun` to its end: the states of all layers, and the hidden states before the first and after each."""
+    run = PrefixRun(layers, tokens, lenders=lenders)
+    return run.finish(), run.hidden

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .recompute import note
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -39,7 +41,12 @@ def opaque(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]]
 
 
 def differentiable(
-    name: str, fake: Callable[..., Any], setup: Callable[..., Any], backward: Callable[..., Any]
+    name: str,
+    fake: Callable[..., Any],
+    setup: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    again: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a function of tensors and constants that returns new tensors.
 
@@ -47,6 +54,7 @@ def differentiable(
         name: of the custom op, behind `hymba::`.
         fake: outputs' shapes and dtypes. setup, backward: as `torch.library.register_autograd` takes them; there is no
             second derivative, and asking for one raises.
+        again: backward may make the output again rather than keep it (`hymba.ops.recompute`).
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +75,8 @@ def differentiable(
             if _intercepted(args):
                 return op(*args)
             if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-                return direct.apply(*args)
+                output = direct.apply(*args)
+                return note(output, function, *args) if again else output
             return function(*args)
 
         return call

@@ -10,6 +10,8 @@ the inputs before each document's first step come from the state too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from . import backend as _backend
 from ._checks import check_lengths, check_seq_idx, check_shape, compute_dtype, document_starts, no_autocast
 from .adapters import causal_conv1d as package
+from .recompute import note
 
 OP = "causal_conv1d"
 UPDATE = "causal_conv1d_update"
@@ -69,7 +72,13 @@ def causal_conv1d(
     arguments = (x, weight, bias, initial_state, lengths, seq_idx)
     if choice.name == "reference":
         return causal_conv1d_ref(*arguments, activation)
-    return _conv(*arguments, activation == "silu", choice.name, choice.forced)
+    constants = (activation == "silu", choice.name, choice.forced)
+    y, final = _conv(*arguments, *constants)
+    return note(y, _output, *arguments, *constants), final
+
+
+def _output(*arguments: Any) -> Tensor:
+    return _conv(*arguments)[0]
 
 
 def _check_activation(activation: str | None) -> None:

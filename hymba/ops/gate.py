@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backend as _backend
 from ._checks import check_shape
 from ._register import by_autograd, differentiable, opaque
+from .recompute import recomputing
 
 OP = "gate"
 
@@ -32,7 +33,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check_shape("up", up, tuple(gate.shape))
     choice = _backend.resolve(OP, backend, _backend.Call(up, up))
-    if choice.name == "torch" or gate.dtype != up.dtype:
+    if (choice.name == "torch" and not recomputing()) or gate.dtype != up.dtype:
         return gate_ref(gate, up)
     return _gate(gate, up, choice.name, choice.forced)
 
@@ -40,7 +41,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
 def relu2(up: Tensor, *, backend: str = "auto") -> Tensor:
     """`relu(up)^2`; `backend` as for `swiglu`."""
     choice = _backend.resolve(OP, backend, _backend.Call(up, up))
-    if choice.name == "torch":
+    if choice.name == "torch" and not recomputing():
         return gate_ref(None, up)
     return _gate(None, up, choice.name, choice.forced)
 
@@ -74,7 +75,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (None if gate is None else dgate), dup, None, None
 
 
-@differentiable("gate", lambda gate, up, *_: _like(up), _setup, _gradients)
+@differentiable("gate", lambda gate, up, *_: _like(up), _setup, _gradients, again=True)
 def _gate(gate: Tensor | None, up: Tensor, kernel: str, forced: bool) -> Tensor:
     if _backend.wants_kernel(OP, kernel, forced):
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backend as _backend
 from ._checks import check_shape
 from ._register import by_autograd, differentiable, opaque
+from .recompute import note
 
 OP = "rms_norm"
 
@@ -41,7 +42,7 @@ def rms_norm(
     """
     choice = _backend.resolve(OP, backend, _backend.Call(x, weight))
     if choice.name == "torch":
-        return rms_norm_ref(x, weight, eps, dtype)
+        return _plain_norm(x, weight, eps, dtype)
     return _norm(x, weight, eps, dtype or x.dtype, choice.name, choice.forced)
 
 
@@ -74,9 +75,11 @@ def add_rms_norm(
     check_shape("residual", residual, tuple(x.shape))
     choice = _backend.resolve(OP, backend, _backend.Call(x, weight))
     if choice.name == "torch":
-        return add_rms_norm_ref(x, residual, weight, eps, dtype)
+        total = x + residual
+        return total, _plain_norm(total, weight, eps, dtype)
     dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
-    return _add_norm(x, residual, weight, eps, dtype, choice.name, choice.forced)
+    total, y = _add_norm(x, residual, weight, eps, dtype, choice.name, choice.forced)
+    return total, note(y, _norm, total, weight, eps, dtype, choice.name, choice.forced)
 
 
 def mean_rms_norm_ref(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float) -> Tensor:
@@ -99,8 +102,16 @@ def mean_rms_norm(
     check_shape("b", b, tuple(a.shape))
     choice = _backend.resolve(OP, backend, _backend.Call(a, a_weight))
     if choice.name == "torch":
-        return mean_rms_norm_ref(a, b, a_weight, b_weight, eps)
+        mean = (_plain_norm(a, a_weight, eps, None) + _plain_norm(b, b_weight, eps, None)) / 2
+        return note(mean, mean_rms_norm_ref, a, b, a_weight, b_weight, eps)
     return _mean_norm(a, b, a_weight, b_weight, eps, choice.name, choice.forced)
+
+
+def _plain_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+    """`rms_norm_ref` with autograd's own derivative, to the bit, that may make again what it saves."""
+    shape = (x.shape[-1],)
+    normed = note(F.rms_norm(x, shape, None, eps), F.rms_norm, x, shape, None, eps)
+    return note((normed * weight).to(x.dtype if dtype is None else dtype), rms_norm_ref, x, weight, eps, dtype)
 
 
 def _kernels(kernel: str, forced: bool, method: str, *args: Any) -> Any:
@@ -141,7 +152,7 @@ def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, None, None, None, None
 
 
-@differentiable("rms_norm", lambda x, w, eps, dtype, *_: _like(x, dtype), _norm_setup, _norm_gradients)
+@differentiable("rms_norm", lambda x, w, eps, dtype, *_: _like(x, dtype), _norm_setup, _norm_gradients, again=True)
 def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, kernel: str, forced: bool) -> Tensor:
     found = _kernels(kernel, forced, "forward", x, None, weight, eps, dtype)
     return rms_norm_ref(x, weight, eps, dtype) if found is None else found[1]
@@ -221,6 +232,7 @@ def _mean_norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     lambda a, b, *_: _like(a, torch.promote_types(a.dtype, b.dtype)),
     _mean_norm_setup,
     _mean_norm_gradients,
+    again=True,
 )
 def _mean_norm(
     a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float, kernel: str, forced: bool

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import build, gradients, some_ids
 from ops.op_cases import worst
 from torch import Tensor
 
@@ -185,3 +186,23 @@ def test_a_kernel_that_fails_hands_over_once_with_a_warning(monkeypatch: pytest.
     with pytest.warns(UserWarning, match="PyTorch takes its place"):
         got = run(lambda x, w: _norm(x, w, 1e-6, x.dtype, "triton", False), {"x": x, "w": w})
     assert worst(got, want) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_through_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close to PyTorch's numbers, and the same to the bit whatever is made again in backward."""
+    monkeypatch.setattr("hymba.ops.recompute._NARROW", 1)
+    model = build(dtype=dtype, num_hidden_layers=2, kv_reuse_group=[[0, 1]], global_attn_idx=[]).train()
+    ids = some_ids(2, 7)
+    found = []
+    for name, policy in (("torch", "none"), ("triton", "none"), ("triton", "selective"), ("triton", "full")):
+        model.set_activation_checkpointing(policy)
+        with use_backend(rms_norm=name, gate=name, rope=name, linear_cross_entropy=name):
+            loss = model(ids, labels=ids, return_logits=False).loss
+            loss.backward()
+        found.append({"loss": loss.detach()} | gradients(model))
+    assert float(found[1]["loss"]) == pytest.approx(float(found[0]["loss"]), rel=TOLERANCE[dtype])
+    if dtype == torch.float32:
+        assert worst(found[1], found[0]) < 1e-5
+    for other in found[2:]:
+        assert all(torch.equal(other[key], found[1][key]) for key in found[1])

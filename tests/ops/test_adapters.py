@@ -20,7 +20,6 @@ from hymba.ops import (
     selective_scan,
     selective_scan_ref,
     selective_state_update,
-    use_backend,
 )
 from hymba.ops.adapters import causal_conv1d as conv_adapter
 from hymba.ops.adapters import mamba_ssm as scan_adapter
@@ -32,16 +31,25 @@ AGAIN = 1e-5
 BFLOAT16 = 1e-2
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the packages run: "cuda" with the real ones, "cpu" with stand-ins."""
+def where_it_runs(monkeypatch: pytest.MonkeyPatch, extension: str) -> Iterator[str]:
+    """ "cuda" with the real package, else "cpu" with its stand-in."""
     packages.fresh(monkeypatch)
-    if packages.real("selective_scan_cuda") and packages.real("causal_conv1d_cuda"):
+    if packages.real(extension):
         yield "cuda"
     else:
         packages.stand_in(monkeypatch)
         yield "cpu"
         packages.forget()
+
+
+@pytest.fixture
+def scan_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from where_it_runs(monkeypatch, "selective_scan_cuda")
+
+
+@pytest.fixture
+def conv_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from where_it_runs(monkeypatch, "causal_conv1d_cuda")
 
 
 def double(case):
@@ -66,57 +74,57 @@ def package_conv(device):
 
 @pytest.mark.parametrize("states", [0, 1, 3])
 @pytest.mark.parametrize("length", [1, 2, 63])
-def test_scan_equals_reference(device, length, states):
+def test_scan_equals_reference(scan_device, length, states):
     case = scan_case(3, length, 8, 4, states=states, dtype=torch.float32)
     for options in row_options(3, length):
         if "seq_idx" not in options:
             want = with_gradients(reference_scan, double(case), **options)
-            assert worst(with_gradients(package_scan(device), case, **options), want) < FLOAT32
+            assert worst(with_gradients(package_scan(scan_device), case, **options), want) < FLOAT32
 
 
 @pytest.mark.parametrize("states", [0, 1])
 @pytest.mark.parametrize("missing", ["D", "z", "dt_bias", "D z dt_bias"])
-def test_scan_without_its_options(device, missing, states):
+def test_scan_without_its_options(scan_device, missing, states):
     case = scan_case(2, 17, 8, 4, states=states, dtype=torch.float32) | dict.fromkeys(missing.split())
     want = with_gradients(reference_scan, double(case))
-    assert worst(with_gradients(package_scan(device), case), want) < FLOAT32
+    assert worst(with_gradients(package_scan(scan_device), case), want) < FLOAT32
 
 
 @pytest.mark.parametrize("states", [0, 1])
-def test_scan_over_several_chunks_of_the_kernel(device, states):
+def test_scan_over_several_chunks_of_the_kernel(scan_device, states):
     case = scan_case(1, 2060, 8, 2, states=states, dtype=torch.float32)
     want = with_gradients(reference_scan, double(case))
-    assert worst(with_gradients(package_scan(device), case), want) < FLOAT32
+    assert worst(with_gradients(package_scan(scan_device), case), want) < FLOAT32
 
 
 @pytest.mark.parametrize("states", [0, 1])
-def test_scan_in_bfloat16(device, states):
+def test_scan_in_bfloat16(scan_device, states):
     case = scan_case(2, 60, 8, 4, states=states, dtype=torch.bfloat16)
     want = with_gradients(reference_scan, double(case))
-    got = with_gradients(package_scan(device), case)
+    got = with_gradients(package_scan(scan_device), case)
     assert got["y"].dtype == got["dt"].dtype == torch.bfloat16
     assert got["final_state"].dtype == got["A"].dtype == torch.float32
     assert worst(got, want) < BFLOAT16
 
 
-def test_scan_takes_mixed_dtypes(device):
+def test_scan_takes_mixed_dtypes(scan_device):
     # Norms under autocast leave B and C in float32 beside bfloat16 activations.
     case = scan_case(2, 30, 8, 4, states=0, dtype=torch.bfloat16)
     case |= {"B": case["B"].float(), "C": case["C"].float()}
     want = with_gradients(reference_scan, double(case))
-    got = with_gradients(package_scan(device), case)
+    got = with_gradients(package_scan(scan_device), case)
     assert got["B"].dtype == torch.float32
     assert worst(got, want) < BFLOAT16
 
 
-def test_scan_loads_the_initial_state_bit_for_bit(device):
+def test_scan_loads_the_initial_state_bit_for_bit(scan_device):
     case = scan_case(2, 5, 8, 16, dtype=torch.float32) | {"x": torch.zeros(2, 5, 8)}
     case["dt"] = torch.full((2, 5, 8), -1e4)  # a step size of 0: the state stays what it is
-    _, final = package_scan(device)(**case)
+    _, final = package_scan(scan_device)(**case)
     assert torch.equal(final, case["initial_state"].expand(2, -1, -1))
 
 
-def test_scan_gives_one_output_its_gradient(device):
+def test_scan_gives_one_output_its_gradient(scan_device):
     case = scan_case(2, 9, 8, 4, dtype=torch.float32)
     for states in (0, 1):
         for which in (0, 1):
@@ -125,82 +133,84 @@ def test_scan_gives_one_output_its_gradient(device):
                     op(**{k: v for k, v in leaves.items() if states or k != "initial_state"})[which].sum(), leaves["dt"]
                 )[0]
                 for op, leaves in (
-                    (package_scan(device), {k: v.clone().requires_grad_() for k, v in case.items()}),
+                    (package_scan(scan_device), {k: v.clone().requires_grad_() for k, v in case.items()}),
                     (reference_scan, {k: v.clone().requires_grad_() for k, v in case.items()}),
                 )
             )
             torch.testing.assert_close(got, want, atol=FLOAT32, rtol=FLOAT32)
 
 
-def test_padding_never_enters_the_scan(device):
+def test_padding_never_enters_the_scan(scan_device):
     case = scan_case(2, 12, 8, 4, dtype=torch.float32)
     lengths = torch.tensor([12, 5])
     poisoned = {k: v.clone() for k, v in case.items()}
     for name in ("x", "dt", "B", "C", "z"):
         poisoned[name][1, 5:] = float("nan")
-    got = with_gradients(package_scan(device), poisoned, lengths=lengths)
-    assert worst(got, with_gradients(package_scan(device), case, lengths=lengths)) < AGAIN
+    got = with_gradients(package_scan(scan_device), poisoned, lengths=lengths)
+    assert worst(got, with_gradients(package_scan(scan_device), case, lengths=lengths)) < AGAIN
 
 
 @pytest.mark.parametrize("states", [0, 1, 3])
 @pytest.mark.parametrize("length", [1, 2, 63])
-def test_conv_equals_reference(device, length, states):
+def test_conv_equals_reference(conv_device, length, states):
     case = conv_case(3, length, 8, 4, states=states, dtype=torch.float32)
     for activation in ("silu", None):
         for options in row_options(3, length):
             if states and "seq_idx" in options:
                 continue
             want = with_gradients(reference_conv, double(case), activation=activation, **options)
-            got = with_gradients(package_conv(device), case, activation=activation, **options)
+            got = with_gradients(package_conv(conv_device), case, activation=activation, **options)
             assert worst(got, want) < FLOAT32
 
 
-def test_conv_of_a_slice_and_of_documents_with_one_number(device):
+def test_conv_of_a_slice_and_of_documents_with_one_number(conv_device):
     wide = torch.randn(2, 20, 40)
     weight, bias = torch.randn(16, 4), torch.randn(16)
     numbers = torch.tensor([[0, 0, 1, 0, 0, 2, 0, *[3] * 13]] * 2).int()
     x = wide[:, :, 8:24]
     want, _ = reference_conv(x, weight, bias, seq_idx=numbers)
-    got, _ = package_conv(device)(wide[:, :, 8:24], weight, bias, seq_idx=numbers)
+    got, _ = package_conv(conv_device)(wide[:, :, 8:24], weight, bias, seq_idx=numbers)
     torch.testing.assert_close(got, want, atol=FLOAT32, rtol=FLOAT32)
 
 
-def test_conv_in_bfloat16(device):
+def test_conv_in_bfloat16(conv_device):
     case = conv_case(2, 60, 8, 4, dtype=torch.bfloat16)
-    got = with_gradients(package_conv(device), case)
+    got = with_gradients(package_conv(conv_device), case)
     assert got["y"].dtype == got["initial_state"].dtype == torch.bfloat16
     assert got["weight"].dtype == torch.float32
     assert worst(got, with_gradients(reference_conv, double(case))) < BFLOAT16
 
 
-def test_conv_without_bias(device):
+def test_conv_without_bias(conv_device):
     case = conv_case(2, 20, 8, 3, dtype=torch.float32) | {"bias": None}
-    assert worst(with_gradients(package_conv(device), case), with_gradients(reference_conv, double(case))) < FLOAT32
+    assert (
+        worst(with_gradients(package_conv(conv_device), case), with_gradients(reference_conv, double(case))) < FLOAT32
+    )
 
 
-def test_padding_never_enters_the_convolution(device):
+def test_padding_never_enters_the_convolution(conv_device):
     case = conv_case(2, 12, 8, 4, dtype=torch.float32)
     lengths = torch.tensor([12, 2])
     poisoned = {k: v.clone() for k, v in case.items()}
     poisoned["x"][1, 2:] = float("nan")
-    got = with_gradients(package_conv(device), poisoned, lengths=lengths)
-    assert worst(got, with_gradients(package_conv(device), case, lengths=lengths)) < AGAIN
+    got = with_gradients(package_conv(conv_device), poisoned, lengths=lengths)
+    assert worst(got, with_gradients(package_conv(conv_device), case, lengths=lengths)) < AGAIN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [True, False])
-def test_steps_equal_the_scan(device, options, dtype):
+def test_steps_equal_the_scan(scan_device, options, dtype):
     case = scan_case(3, 6, 8, 4, states=3, dtype=dtype)
     if not options:
         case |= {"D": None, "z": None, "dt_bias": None}
     lengths = torch.tensor([6, 2, 0])
     want, final = reference_scan(**case, lengths=lengths)
-    moved = {k: None if v is None else v.to(device) for k, v in case.items()}
+    moved = {k: None if v is None else v.to(scan_device) for k, v in case.items()}
     state = moved.pop("initial_state").clone()
     address = state.data_ptr()
     for t in range(6):
         step = {k: v[:, t] if v is not None and v.dim() == 3 else v for k, v in moved.items()}
-        valid = (t < lengths).to(device)
+        valid = (t < lengths).to(scan_device)
         y = selective_state_update(state, **step, valid=valid, backend="mamba_ssm")
         torch.testing.assert_close(y.cpu(), want[:, t])
     torch.testing.assert_close(state.cpu(), final)
@@ -212,10 +222,10 @@ def test_steps_equal_the_scan(device, options, dtype):
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_equal_the_convolution(device, dtype, state_dtype):
-    x, weight, bias, state = (v.to(device) for v in conv_case(3, 6, 8, 4, states=3, dtype=dtype).values())
+def test_steps_equal_the_convolution(conv_device, dtype, state_dtype):
+    x, weight, bias, state = (v.to(conv_device) for v in conv_case(3, 6, 8, 4, states=3, dtype=dtype).values())
     state = state.to(state_dtype)
-    lengths = torch.tensor([6, 2, 0], device=device)
+    lengths = torch.tensor([6, 2, 0], device=conv_device)
     ours, address = state.clone(), state.data_ptr()
     for t in range(6):
         options = {"valid": t < lengths} if t % 2 else {}
@@ -226,27 +236,35 @@ def test_steps_equal_the_convolution(device, dtype, state_dtype):
     assert state.data_ptr() == address
 
 
-def test_compiled_code_sees_one_op(device):
-    for op, case, name in (
-        (selective_scan, scan_case(2, 9, 8, 4, dtype=torch.float32), "mamba_ssm"),
-        (causal_conv1d, conv_case(2, 9, 8, 4, dtype=torch.float32), "causal_conv1d"),
-    ):
-        run = packages.on(device, lambda *p, op=op, name=name, **o: op(*p, backend=name, **o))
-        compiled = torch.compile(
-            lambda *p, op=op, name=name, **o: op(*p, backend=name, **o), backend="aot_eager", fullgraph=True
-        )
-        assert worst(with_gradients(packages.on(device, compiled), case), with_gradients(run, case)) < AGAIN
+def compiled(op, name):
+    return torch.compile(lambda *p, **o: op(*p, backend=name, **o), backend="aot_eager", fullgraph=True)
 
 
-def test_op_registration(device):
-    tensors = [v.to(device).requires_grad_() for v in scan_case(2, 9, 8, 4, dtype=torch.float32).values()]
-    lengths = torch.tensor([9, 4], device=device)
+def test_compiled_code_sees_one_scan(scan_device):
+    case = scan_case(2, 9, 8, 4, dtype=torch.float32)
+    got = with_gradients(packages.on(scan_device, compiled(selective_scan, "mamba_ssm")), case)
+    assert worst(got, with_gradients(package_scan(scan_device), case)) < AGAIN
+
+
+def test_compiled_code_sees_one_convolution(conv_device):
+    case = conv_case(2, 9, 8, 4, dtype=torch.float32)
+    got = with_gradients(packages.on(conv_device, compiled(causal_conv1d, "causal_conv1d")), case)
+    assert worst(got, with_gradients(package_conv(conv_device), case)) < AGAIN
+
+
+def test_scan_registration(scan_device):
+    tensors = [v.to(scan_device).requires_grad_() for v in scan_case(2, 9, 8, 4, dtype=torch.float32).values()]
+    lengths = torch.tensor([9, 4], device=scan_device)
     torch.library.opcheck(scan_adapter._scan, (*tensors, lengths, True, True))
     torch.library.opcheck(scan_adapter._scan, (*tensors[:8], None, None, False, True))
-    x, weight, bias, state = (v.to(device) for v in conv_case(2, 3, 8, 4, states=2, dtype=torch.float32).values())
-    torch.library.opcheck(conv_adapter.update, (state, x[:, 0], weight, bias, None, True))
     step = [v[:, 0] if v.dim() == 3 else v for v in (t.detach() for t in tensors[:8])]
-    torch.library.opcheck(scan_adapter.state_update, (torch.zeros(2, 8, 4, device=device), *step, lengths > 5))
+    state = torch.zeros(2, 8, 4, device=scan_device)
+    torch.library.opcheck(scan_adapter.state_update, (state, *step, lengths > 5))
+
+
+def test_conv_registration(conv_device):
+    x, weight, bias, state = (v.to(conv_device) for v in conv_case(2, 3, 8, 4, states=2, dtype=torch.float32).values())
+    torch.library.opcheck(conv_adapter.update, (state, x[:, 0], weight, bias, None, True))
 
 
 def refusal(run) -> str:
@@ -255,37 +273,41 @@ def refusal(run) -> str:
     return str(caught.value)
 
 
-def test_what_the_packages_do_not_serve(device):
-    scan, conv = package_scan(device), package_conv(device)
+def test_what_the_scan_does_not_serve(scan_device, monkeypatch):
+    scan = package_scan(scan_device)
     seq_idx = torch.tensor([[0, 0, 1]]).int()
     case = scan_case(1, 3, 8, 4, dtype=torch.float32)
     assert "no documents within a row" in refusal(lambda: scan(**case, seq_idx=seq_idx))
     assert "x is torch.float64" in refusal(lambda: scan(**scan_case(1, 3, 8, 4)))
     assert "x is empty" in refusal(lambda: scan(**scan_case(1, 0, 8, 4, dtype=torch.float32)))
     assert "up to 256 states" in refusal(lambda: scan(**scan_case(1, 2, 1, 257, dtype=torch.float32)))
+    monkeypatch.setattr(adapters, "DEVICE", "elsewhere")
+    assert "the tensors are on" in refusal(lambda: scan(**case))
+
+
+def test_what_the_convolution_does_not_serve(conv_device, monkeypatch):
+    conv = package_conv(conv_device)
     case = conv_case(1, 3, 8, 4, dtype=torch.float32)
+    seq_idx = torch.tensor([[0, 0, 1]]).int()
     assert "start from zeros, not from the initial state" in refusal(lambda: conv(**case, seq_idx=seq_idx))
     assert "multiples of 8 channels, x has 12" in refusal(lambda: conv(**conv_case(1, 3, 12, 4, dtype=torch.float32)))
     assert "2 to 4 taps, the weight has 5" in refusal(lambda: conv(**conv_case(1, 3, 8, 5, dtype=torch.float32)))
     assert "x is torch.float64" in refusal(lambda: conv(**conv_case(1, 3, 8, 4)))
-    # What is not forced is served by another.
-    with use_backend("torch"):
-        selective_scan(**scan_case(1, 3, 8, 4), seq_idx=seq_idx)
-
-
-def test_tensors_elsewhere_are_refused(device, monkeypatch):
     monkeypatch.setattr(adapters, "DEVICE", "elsewhere")
-    assert "the tensors are on" in refusal(lambda: package_scan(device)(**scan_case(1, 3, 8, 4, dtype=torch.float32)))
-    assert "the tensors are on" in refusal(lambda: package_conv(device)(**conv_case(1, 3, 8, 4, dtype=torch.float32)))
+    assert "the tensors are on" in refusal(lambda: conv(**case))
 
 
 def rows() -> dict[tuple[str, str], str]:
     return {(row.op, row.backend): row.reason for row in available()}
 
 
-def test_usable_packages_are_in_the_table(device):
+def test_a_usable_scan_is_in_the_table(scan_device):
     reasons = rows()
     assert reasons["selective_scan", "mamba_ssm"] == reasons["selective_state_update", "mamba_ssm"] == ""
+
+
+def test_a_usable_convolution_is_in_the_table(conv_device):
+    reasons = rows()
     assert reasons["causal_conv1d", "causal_conv1d"] == reasons["causal_conv1d_update", "causal_conv1d"] == ""
 
 

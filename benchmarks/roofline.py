@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hymba.cost import DTYPE_BYTES, cache_bytes, flops_of_text, flops_per_token, parameters
+from hymba.cost import DTYPE_BYTES, cache_bytes, flops_of_text, flops_per_token, kv_width, parameters
 
 if TYPE_CHECKING:
     from hymba import HymbaConfig
@@ -73,5 +73,4 @@ def _slots(config: HymbaConfig, spec: Any, length: int) -> int:
 
 
 def _position_bytes(config: HymbaConfig, dtype: str) -> int:
-    width = int(config.num_key_value_heads or 0) * (config.head_dim + int(config.v_head_dim or 0))
-    return width * DTYPE_BYTES[dtype]
+    return kv_width(config) * DTYPE_BYTES[dtype]

@@ -19,7 +19,7 @@ _SSM_BYTES = 4
 """The SSM state is float32 whatever the model's dtype."""
 
 
-class _Parts:
+class Parts:
     """A frozen dataclass of integers that add up."""
 
     @property
@@ -32,7 +32,7 @@ class _Parts:
 
 
 @dataclass(frozen=True)
-class Parameters(_Parts):
+class Parameters(Parts):
     """Parameters by what they are for; a shared matrix is split by its rows.
 
     Attributes:
@@ -56,7 +56,7 @@ class Parameters(_Parts):
 
 
 @dataclass(frozen=True)
-class Flops(_Parts):
+class Flops(Parts):
     """Forward FLOPs, a multiplication and an addition counted as two.
 
     Attributes:
@@ -77,7 +77,7 @@ class Flops(_Parts):
 
 
 @dataclass(frozen=True)
-class CacheBytes(_Parts):
+class CacheBytes(Parts):
     """Bytes that decoding holds.
 
     Attributes:
@@ -101,7 +101,7 @@ def parameters(config: HymbaConfig) -> Parameters:
     bias = 1 if config.mamba_proj_bias else 0
     attention = mamba = fusion = mlp = norms = 0
     for spec in config.layers:
-        attention += _qkv_width(config, spec) * (d + bias) + _qk_norm(config)
+        attention += qkv_width(config, spec) * (d + bias) + _qk_norm(config)
         mamba += 2 * inner * (d + bias)
         mamba += inner * (config.mamba_d_conv + 1) + inner * (rank + 2 * state) + rank * inner
         # dt_bias, A_log and D, then the norms of step size, B and C.
@@ -109,7 +109,7 @@ def parameters(config: HymbaConfig) -> Parameters:
         fusion += 2 * inner + d * (inner + bias)
         norms += d
         if spec.ffn:
-            mlp += _mlp_matrices(config) * d * config.intermediate_size
+            mlp += mlp_matrices(config) * d * config.intermediate_size
             norms += d
     embedding = config.vocab_size * d
     return Parameters(
@@ -165,7 +165,7 @@ def cache_bytes(
     if name not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r}: allowed: {', '.join(DTYPE_BYTES)}")
     width = DTYPE_BYTES[name]
-    position = _kv_width(config) * width
+    position = kv_width(config) * width
     slots = {None: 0, "windowed": 0}
     owners = 0
     for spec in config.layers:
@@ -200,7 +200,7 @@ def paper_cache_bytes(config: HymbaConfig, length: int = 8000) -> float:
     slots = (len(specs) - len(windowed)) * (length + config.num_memory_tokens)
     ring = (config.sliding_window or 0) * len(windowed) / share
     state = len(specs) * config.d_inner * config.mamba_d_state
-    return 2 * (_kv_width(config) * (slots + ring) + state)
+    return 2 * (kv_width(config) * (slots + ring) + state)
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -208,14 +208,14 @@ def _check(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}={value!r}: allowed: integers from {least}")
 
 
-def _kv_width(config: HymbaConfig) -> int:
+def kv_width(config: HymbaConfig) -> int:
     """Numbers that one position's key and value take up on one layer."""
     return int(config.num_key_value_heads or 0) * (config.head_dim + int(config.v_head_dim or 0))
 
 
-def _qkv_width(config: HymbaConfig, spec: LayerSpec) -> int:
+def qkv_width(config: HymbaConfig, spec: LayerSpec) -> int:
     """Rows of the input projection that make queries, keys and values."""
-    return config.hidden_size + (_kv_width(config) if spec.kv_from is None else 0)
+    return config.hidden_size + (kv_width(config) if spec.kv_from is None else 0)
 
 
 def _qk_norm(config: HymbaConfig) -> int:
@@ -226,7 +226,7 @@ def _qk_norm(config: HymbaConfig) -> int:
     return 0
 
 
-def _mlp_matrices(config: HymbaConfig) -> int:
+def mlp_matrices(config: HymbaConfig) -> int:
     return 3 if config.mlp_hidden_act == "silu" else 2
 
 
@@ -247,10 +247,10 @@ def _flops(config: HymbaConfig, *, tokens: int, visible: Any) -> Flops:
     branch = 2 * inner * (config.mamba_d_conv + rank + 2 * state + rank) + scan
     projections = attention = mamba = mlp = 0
     for spec in config.layers:
-        projections += 2 * d * (_qkv_width(config, spec) + 2 * inner + inner)
+        projections += 2 * d * (qkv_width(config, spec) + 2 * inner + inner)
         attention += per_key * visible(spec.window)
         mamba += branch
-        mlp += 2 * _mlp_matrices(config) * d * config.intermediate_size if spec.ffn else 0
+        mlp += 2 * mlp_matrices(config) * d * config.intermediate_size if spec.ffn else 0
     return Flops(
         projections=tokens * projections,
         attention=attention,

@@ -33,13 +33,14 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
 CORE = "cache nn ops config layout"
-MODEL = f"model training decode_loop decoding fused_decoding generation loading hub inputs cost {CORE}"
+MODEL = f"model training decode_loop decoding fused_decoding generation loading hub inputs memory cost {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
     "nn": room("ops", packages="torch einops"),
     "config": room("layout"),
     "cost": room("config layout", refused=NO_TRANSFORMERS),
+    "memory": room("cost config layout", refused=NO_TRANSFORMERS),
     "inputs": room("config layout", refused=NO_TRANSFORMERS),
     "training": room("nn ops"),
     "cache": room("nn ops config layout"),
@@ -49,8 +50,8 @@ ROOMS = {
     "decoding": room(f"fused_decoding {CORE}", refused=NO_TRANSFORMERS),
     "fused_decoding": room(CORE, refused=NO_TRANSFORMERS),
     "decode_loop": room(f"decoding {CORE}"),
-    "generation": room(f"decode_loop decoding inputs {CORE}"),
-    "model": room(f"training generation decode_loop decoding loading inputs {CORE}"),
+    "generation": room(f"decode_loop decoding inputs memory cost {CORE}"),
+    "model": room(f"training generation decode_loop decoding loading inputs memory cost {CORE}"),
     "chat": room(MODEL),
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),

@@ -80,7 +80,8 @@ def load(
     """The model, in evaluation mode on its device, and its tokenizer.
 
     Raises:
-        UsageError: a device that is not there, a folder without a tokenizer.
+        UsageError: a device that is not there or lacks the dtype, a folder without a tokenizer.
+        MemoryEstimateError: weights that will not fit on the device.
         ConfigError, CheckpointError: files that do not make a model.
     """
     from transformers import AutoTokenizer
@@ -90,7 +91,9 @@ def load(
 
     where = _device(device)
     # Found out before gigabytes of weights are read.
-    load_config(name, revision=revision)
+    config = load_config(name, revision=revision)
+    dtype = _dtype_there(dtype, config, where)
+    _check_weights_fit(config, dtype, where)
     logging.disable_progress_bar()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -137,10 +140,58 @@ def _device(name: str) -> str:
     except RuntimeError as error:
         raise UsageError(f"--device {name}: allowed: auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+        raise UsageError(f"--device {name}: {_no_device()}; use auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError(f"--device {name}: this machine has none; use auto or cpu")
     return name
+
+
+def _no_device() -> str:
+    """Why there is no such CUDA device."""
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    if count := torch.cuda.device_count():
+        return f"this machine has {count} CUDA device{'s' if count > 1 else ''}, numbered from 0"
+    return "this machine has no CUDA device that PyTorch can use (nvidia-smi shows what the driver sees)"
+
+
+def _dtype_there(dtype: str, config: HymbaConfig, device: str) -> str:
+    """The dtype to load in; on a GPU without bfloat16, float32 in its place when it was not asked for.
+
+    Raises:
+        UsageError: bfloat16 was asked for on a GPU without it.
+    """
+    import torch
+
+    from hymba.commands.terminal import note
+
+    if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return dtype
+    file = str(config.dtype or "").removeprefix("torch.")
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16"
+    if dtype == "bfloat16":
+        raise UsageError(f"--dtype bfloat16: {gpu}; allowed there: float32, float16")
+    if dtype == "auto" and file == "bfloat16":
+        note(f"{gpu}: running in float32; --dtype float16 takes half the memory")
+        return "float32"
+    return dtype
+
+
+def _check_weights_fit(config: HymbaConfig, dtype: str, device: str) -> None:
+    from hymba import cost, memory
+
+    name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    size = cost.parameters(config).total * cost.DTYPE_BYTES.get(name, 4)
+    free = memory.free_bytes(device)
+    if free is not None and size > free and memory.enabled():
+        smaller = "" if cost.DTYPE_BYTES.get(name, 4) == 2 else " --dtype bfloat16 takes half;"
+        raise memory.MemoryEstimateError(
+            f"the weights need {size / 2**30:.1f} GiB in {name} and {device} has {free / 2**30:.1f} GiB free;{smaller} "
+            f"--device cpu needs none of it ({memory.ENV}=off tries anyway)"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def note(text: str) -> None:
+    """One line on stderr that a user should know and that changes nothing of the output."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """A spinner on a terminal's stderr."""

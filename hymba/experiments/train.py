@@ -32,6 +32,7 @@ from hymba.experiments.packing import TokenRows
 from hymba.experiments.settings import SettingsError, TokenizerSettings, TrainSettings, load_settings
 from hymba.experiments.tokenizer import build_tokenizer, encode_documents
 from hymba.experiments.trainer import HymbaTrainer
+from hymba.memory import MemoryBytes, check_fits, training_bytes
 
 RECORD_NAME = "training.json"
 # Settings that a resumed run may change, because no loss depends on them; those of `export` are free as well.
@@ -64,6 +65,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     Raises:
         SettingsError, hymba.config.ConfigError: the settings; raised before anything is written.
         CorpusError: the corpus is missing, empty or not text.
+        hymba.memory.MemoryEstimateError: a step that will not fit on the GPU.
         OutputError: the output folder cannot take the run's files; complete checkpoints survive.
     """
     settings = load_settings(config_path, overrides)
@@ -107,6 +109,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
         f"model: {parameters:,} parameters; tokenizer: {len(tokenizer):,} tokens; {settings.run.steps:,} steps, "
         f"{rows.rows * rows.length:,} tokens, {rows.passes:.2f} passes over the corpus"
     )
+    check_device(settings, model)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     elif first:
@@ -169,6 +172,39 @@ def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> 
         )
     model.config.use_cache = True
     return model.float()
+
+
+def check_device(settings: TrainSettings, model: HymbaForCausalLM) -> None:
+    """Refuse a run that its GPU cannot do, before anything is written or allocated there.
+
+    Raises:
+        SettingsError: bfloat16 on a GPU without it.
+        hymba.memory.MemoryEstimateError: a step that will not fit.
+    """
+    run = settings.run
+    if run.device == "cpu" or not torch.cuda.is_available():
+        return
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    capability = torch.cuda.get_device_capability(device)
+    if run.precision == "bfloat16" and capability < (8, 0):
+        raise SettingsError(
+            f"run.precision = 'bfloat16': {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}) has none; allowed there: 'float32'"
+        )
+
+    def need(batch: int, length: int) -> MemoryBytes:
+        return training_bytes(
+            model.config,
+            batch=batch,
+            length=length,
+            compute_dtype=run.precision,
+            checkpointing="full" if run.gradient_checkpointing else "none",
+            fused_loss=model._fused_loss,
+        )
+
+    length = settings.data.sequence_length
+    advice = "" if run.gradient_checkpointing else "run.gradient_checkpointing=true takes less"
+    check_fits("a training step", need, batch=run.batch_size, length=length, device=device, advice=advice)
 
 
 def check_generation(fields: dict[str, Any]) -> None:

@@ -1,0 +1,227 @@
+"""How much device memory work needs, from a configuration alone, and a refusal before anything is allocated.
+
+The cache's part is exact (`hymba.cost`). Activations are counted from what the layers keep at their widest moment, in
+numbers per token and layer, with the kernels of a GPU; tests on one hold them to its allocator. Where a device does
+not say what is free (a CPU), nothing is refused; `HYMBA_MEMORY_CHECK=off` refuses nothing anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hymba import cost
+
+if TYPE_CHECKING:
+    from hymba.config import HymbaConfig
+    from hymba.layout import LayerSpec
+
+ENV = "HYMBA_MEMORY_CHECK"
+POLICIES = ("none", "selective", "full")
+"""Activation checkpointing in training, as `set_activation_checkpointing` names it."""
+_GIB = 2**30
+# The scan keeps its float32 state once per so many steps.
+_SCAN_CHUNK = 256
+# Logits of the fused loss that exist together.
+_LOSS_AT_ONCE = 1 << 27
+
+
+class MemoryEstimateError(ValueError):
+    """Work that will not fit; the message says what it needs, what is free and what would fit."""
+
+
+@dataclass(frozen=True)
+class MemoryBytes(cost.Parts):
+    """Bytes at the peak of some work, by what holds them.
+
+    Attributes:
+        weights: parameters, and their copies in autocast's dtype. gradients, optimizer: as wide as the parameters.
+        cache: keys, values and states of decoding. activations: what layers keep, and the widest layer's work.
+        logits: of the positions whose logits are asked for, with their float32 copies.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    cache: int = 0
+    activations: int = 0
+    logits: int = 0
+
+
+def generation_bytes(
+    config: HymbaConfig,
+    *,
+    batch: int,
+    prompt: int,
+    length: int,
+    dtype: Any = "bfloat16",
+    static: bool = False,
+    chunk: int | None = None,
+) -> MemoryBytes:
+    """Bytes of a prefill and the decoding behind it.
+
+    Args:
+        config: the architecture.
+        batch: rows. prompt: tokens of a row that are taken in at once. length: tokens of a row at the end.
+        dtype: of weights and cache.
+        static: a cache of fixed size; one that grows is copied while it does.
+        chunk: take the prompt in so many tokens at a time.
+    """
+    width = cost.DTYPE_BYTES[_name(dtype)]
+    tokens = batch * min(prompt, prompt if chunk is None else chunk)
+    cache = cost.cache_bytes(config, length, batch=batch, dtype=dtype, static=static)
+    total = cache.total
+    if not static:
+        # The largest buffer exists twice while it grows by a quarter.
+        owners = sum(spec.kv_from is None and spec.window is None for spec in config.layers)
+        total += cache.global_kv // 4 + (5 * cache.global_kv // (4 * owners) if owners else 0)
+    return MemoryBytes(
+        weights=cost.parameters(config).total * width,
+        cache=total,
+        activations=tokens * width * max(_widest_moment(config, spec) for spec in config.layers),
+        logits=batch * config.vocab_size * (width + 8),
+    )
+
+
+def training_bytes(
+    config: HymbaConfig,
+    *,
+    batch: int,
+    length: int,
+    parameter_dtype: Any = "float32",
+    compute_dtype: Any = "bfloat16",
+    optimizer: bool = True,
+    checkpointing: str = "none",
+    fused_loss: bool = False,
+) -> MemoryBytes:
+    """Bytes of a training step.
+
+    Args:
+        config: the architecture.
+        batch, length: rows and tokens of a row on one device.
+        parameter_dtype: of parameters and gradients. compute_dtype: of activations; another one is autocast.
+        optimizer: two moments for every parameter, as AdamW keeps them.
+        checkpointing: one of `POLICIES`.
+        fused_loss: the loss without the logits of all tokens.
+    """
+    if checkpointing not in POLICIES:
+        raise ValueError(f"checkpointing={checkpointing!r}: allowed: {', '.join(map(repr, POLICIES))}")
+    wide, width = cost.DTYPE_BYTES[_name(parameter_dtype)], cost.DTYPE_BYTES[_name(compute_dtype)]
+    count, tokens = cost.parameters(config).total, batch * length
+    kept = [_kept(config, spec, checkpointing) for spec in config.layers]
+    # One layer's activations once more, as gradients; with full checkpointing first as themselves.
+    widest = max(_kept(config, spec, "none") for spec in config.layers)
+    numbers = sum(kept) + widest * (2 if checkpointing == "full" else 1)
+    d, vocabulary = config.hidden_size, config.vocab_size
+    if fused_loss:
+        logits = min(tokens * vocabulary, _LOSS_AT_ONCE) * width + tokens * d * width + vocabulary * d * (4 + wide)
+    else:
+        # In the compute dtype, then in float32: themselves, their softmax, their gradient.
+        logits = tokens * vocabulary * (width + 12)
+    return MemoryBytes(
+        weights=count * (wide + (width if width != wide else 0)),
+        gradients=count * wide,
+        optimizer=2 * count * wide if optimizer else 0,
+        activations=tokens * width * numbers,
+        logits=logits,
+    )
+
+
+def _kept(config: HymbaConfig, spec: LayerSpec, checkpointing: str) -> int:
+    """Numbers that a layer keeps for backward, per token."""
+    d, inner, state = config.hidden_size, config.d_inner, config.mamba_d_state
+    if checkpointing == "full":
+        # The layer's input, and keys and values that others may borrow.
+        return d + cost.kv_width(config) * (spec.kv_from is None)
+    rank, ffn = int(config.mamba_dt_rank), config.intermediate_size if spec.ffn else 0
+    matrices = cost.mlp_matrices(config) if spec.ffn else 0
+    # The residual stream twice; the projection's output; rotated queries and keys; what attention and scan put out,
+    # the states inside the scan, B, C and the rank of dt; what MLP products read.
+    keys = int(config.num_key_value_heads or 0) * config.head_dim * (spec.kv_from is None)
+    kept = 2 * d + cost.qkv_width(config, spec) + 2 * inner + d + keys
+    kept += 2 * inner + 2 * inner * state // _SCAN_CHUNK + 2 * (rank + 2 * state) + (matrices - 1) * ffn
+    if checkpointing == "none":
+        # Outputs of both norms, convolution, step sizes, the branches' mean, and the MLP's product.
+        kept += 2 * d + 3 * inner + ffn
+    return kept
+
+
+def _widest_moment(config: HymbaConfig, spec: LayerSpec) -> int:
+    """Numbers that exist together in a forward pass without gradients, per token."""
+    d, inner = config.hidden_size, config.d_inner
+    ffn = config.intermediate_size * cost.mlp_matrices(config) if spec.ffn else 0
+    # In the scan: embeddings, residual stream and normed input, the projection's output, rotated queries, what
+    # attention put out, the convolution's output, step sizes, and what the scan puts out.
+    mixer = 3 * d + cost.qkv_width(config, spec) + 2 * inner + d + 4 * inner
+    return max(mixer, 4 * d + ffn)
+
+
+def enabled() -> bool:
+    """Whether work that will not fit is refused."""
+    return os.environ.get(ENV, "").lower() not in ("off", "0")
+
+
+def free_bytes(device: Any) -> int | None:
+    """Bytes that new tensors could take up on a device, unused parts of PyTorch's pool included; `None` if unknown."""
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info(device)  # pragma: gpu
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # pragma: gpu
+
+
+def check_fits(
+    what: str,
+    need: Callable[[int, int], MemoryBytes],
+    *,
+    batch: int,
+    length: int,
+    device: Any,
+    held: int = 0,
+    advice: str = "",
+) -> None:
+    """Refuse work that will not fit into what is free on a device.
+
+    Args:
+        what: the work, for the message ("generation").
+        need: (rows, tokens of a row) to the bytes that they need.
+        batch, length: rows and tokens asked for.
+        held: bytes of `need` that are allocated already, such as a loaded model's weights.
+        advice: what else would help.
+
+    Raises:
+        MemoryEstimateError: it will not fit.
+    """
+    free = free_bytes(device) if enabled() else None
+    if free is None:
+        return
+    wanted = need(batch, length)
+    if wanted.total - held <= free:
+        return
+    rows = _largest(lambda b: need(b, length).total - held <= free, batch)
+    tokens = _largest(lambda n: need(batch, n).total - held <= free, length)
+    options = [f"{rows} of {batch} rows"] if rows else []
+    options += [f"{tokens:,} of {length:,} tokens a row"] if tokens else []
+    parts = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in wanted.to_dict().items() if size >= _GIB / 20)
+    raise MemoryEstimateError(
+        f"{what} of {batch} rows of {length:,} tokens needs about {wanted.total / _GIB:.1f} GiB ({parts}), of which "
+        f"{held / _GIB:.1f} are there, and {device} has {free / _GIB:.1f} GiB free; would fit: "
+        f"{' or '.join(options) or 'not one row of one token'}{advice and '; ' + advice} ({ENV}=off tries anyway)"
+    )
+
+
+def _largest(fits: Callable[[int], bool], below: int) -> int:
+    """The largest number under `below` that fits; 0 when 1 does not. What fits also fits when it is smaller."""
+    low, high = 0, below
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

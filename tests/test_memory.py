@@ -1,0 +1,236 @@
+"""Memory estimates, the refusals that follow from them, and GPUs that are missing or old; with made-up devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import build, some_ids
+from test_cost import RELEASE
+from typer.testing import CliRunner
+
+from hymba import HymbaCache, cost, memory
+from hymba.commands import models
+from hymba.commands.errors import UsageError
+from hymba.memory import MemoryEstimateError, check_fits, generation_bytes, training_bytes
+
+GIB = 2**30
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets how much memory every device says is free."""
+
+    def say(size: float) -> None:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(size))
+
+    return say
+
+
+# Estimates.
+
+
+def test_generation_counts_weights_and_cache_exactly() -> None:
+    need = generation_bytes(RELEASE, batch=128, prompt=8192, length=8292, static=True)
+    assert need.weights == 3_045_595_648
+    assert need.cache == cost.cache_bytes(RELEASE, 8292, batch=128, static=True).total
+    assert need.total == sum(need.to_dict().values())
+
+
+def test_chunks_bound_the_prefill() -> None:
+    whole = generation_bytes(RELEASE, batch=1, prompt=131072, length=131072, static=True)
+    cut = generation_bytes(RELEASE, batch=1, prompt=131072, length=131072, static=True, chunk=8192)
+    assert whole.activations == 16 * cut.activations
+    assert cut.cache == whole.cache
+
+
+def test_a_cache_that_grows_needs_more_than_one_of_fixed_size() -> None:
+    sizes = [generation_bytes(RELEASE, batch=1, prompt=10, length=8192, static=s).cache for s in (True, False)]
+    assert sizes[0] < sizes[1] < 1.6 * sizes[0]
+
+
+def test_training_counts_parameters_by_their_dtype() -> None:
+    count = 1_522_797_824
+    step = training_bytes(RELEASE, batch=2, length=8192)
+    assert (step.weights, step.gradients, step.optimizer) == (6 * count, 4 * count, 8 * count)
+    plain = training_bytes(RELEASE, batch=2, length=8192, parameter_dtype="bfloat16", optimizer=False)
+    assert (plain.weights, plain.gradients, plain.optimizer) == (2 * count, 2 * count, 0)
+    assert plain.activations == step.activations
+
+
+def test_policies_keep_less_and_a_fused_loss_needs_less() -> None:
+    none, selective, full = (
+        training_bytes(RELEASE, batch=2, length=8192, checkpointing=policy).activations for policy in memory.POLICIES
+    )
+    assert 0.5 * none < selective < 0.8 * none
+    assert full < 0.2 * none
+    logits = [training_bytes(RELEASE, batch=2, length=8192, fused_loss=f).logits for f in (False, True)]
+    assert logits[1] < 0.2 * logits[0]
+    with pytest.raises(ValueError, match="checkpointing='some': allowed: 'none', 'selective', 'full'"):
+        training_bytes(RELEASE, batch=1, length=1, checkpointing="some")
+
+
+def test_activations_are_what_layers_keep() -> None:
+    """Against autograd's own record of one layer more, in a float32 model on the CPU.
+
+    There, attention keeps scores and copies of its operands besides, which the kernels of a GPU do not: the record may
+    have more, and never much less.
+    """
+
+    def recorded(layers: int, length: int) -> int:
+        model = build(
+            dtype=torch.float32, num_hidden_layers=layers, hidden_size=64, intermediate_size=160, mamba_dt_rank=4,
+            global_attn_idx=[], kv_reuse_group=None,
+        ).train()  # fmt: skip
+        model.use_fused_loss()
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and "scaled_dot" not in str(tensor.grad_fn):
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            ids = some_ids(1, length)
+            loss = model(ids, labels=ids, use_cache=False).loss
+        del loss
+        return sum(storage.nbytes() for storage in kept.values())
+
+    def counted(layers: int, length: int) -> int:
+        config = build(
+            num_hidden_layers=layers, hidden_size=64, intermediate_size=160, mamba_dt_rank=4, global_attn_idx=[],
+            kv_reuse_group=None,
+        ).config  # fmt: skip
+        return sum(memory._kept(config, spec, "none") for spec in config.layers) * length * 4
+
+    # Differences of lengths and layers, so that meta tokens and what is kept once cancel out.
+    found = (recorded(3, 96) - recorded(2, 96)) - (recorded(3, 32) - recorded(2, 32))
+    expected = (counted(3, 96) - counted(2, 96)) - (counted(3, 32) - counted(2, 32))
+    assert 0.95 * expected < found < 2.0 * expected
+
+
+# Refusals.
+
+
+def test_a_refusal_says_what_is_needed_free_and_would_fit(free: Any) -> None:
+    free(12 * GIB)
+
+    def need(batch: int, length: int) -> memory.MemoryBytes:
+        return memory.MemoryBytes(weights=3 * GIB, cache=batch * length * GIB // 1024)
+
+    check_fits("generation", need, batch=12, length=1024, device="cuda:0", held=3 * GIB)
+    with pytest.raises(MemoryEstimateError) as error:
+        check_fits("generation", need, batch=13, length=1024, device="cuda:0", held=3 * GIB, advice="or wait")
+    assert str(error.value) == (
+        "generation of 13 rows of 1,024 tokens needs about 16.0 GiB (weights 3.0, cache 13.0), of which 3.0 are there, "
+        "and cuda:0 has 12.0 GiB free; would fit: 12 of 13 rows or 945 of 1,024 tokens a row; or wait "
+        "(HYMBA_MEMORY_CHECK=off tries anyway)"
+    )
+    free(0)
+    with pytest.raises(MemoryEstimateError, match="would fit: not one row of one token"):
+        check_fits("generation", need, batch=1, length=1024, device="cuda:0", held=3 * GIB)
+
+
+def test_the_check_can_be_switched_off(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(0)
+    monkeypatch.setenv(memory.ENV, "off")
+    check_fits("x", lambda b, n: memory.MemoryBytes(cache=1), batch=1, length=1, device="cuda")
+
+
+def test_a_cpu_says_nothing() -> None:
+    assert memory.free_bytes("cpu") is None
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_generate_refuses_before_it_allocates(free: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = build(dtype=torch.float32)
+    ids = some_ids(4, 9)
+    expected = model.generate(ids, max_new_tokens=3, cache_implementation=kind, do_sample=False)
+    free(1 << 40)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, cache_implementation=kind, do_sample=False), expected)
+    begun = []
+    monkeypatch.setattr(HymbaCache, "begin", lambda *_: begun.append(1))
+    need = generation_bytes(model.config, batch=4, prompt=9, length=11, dtype=torch.float32, static=kind == "static")
+    free(need.total - need.weights - 1)
+    with pytest.raises(MemoryEstimateError, match=r"generation of 4 rows of 11 tokens .* would fit: 3 of 4 rows"):
+        model.generate(ids, max_new_tokens=3, cache_implementation=kind, do_sample=False)
+    assert not begun
+
+
+def test_weights_that_do_not_fit_are_not_read(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(1000)
+    monkeypatch.setattr("hymba.model.HymbaForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(MemoryEstimateError, match=r"the weights need .* GiB in float32 and cpu has 0.0 GiB free; --dt"):
+        models.load(models.locate(None), dtype="float32", device="cpu")
+
+
+def test_the_command_ends_with_one_line(free: Any) -> None:
+    from hymba.cli import app
+
+    free(10_000_000)
+    result = CliRunner().invoke(app, ["generate", "def ", "--max-new-tokens", "100000"])
+    assert result.exit_code == 2
+    assert "generation of 1 rows of 100," in result.output and "Traceback" not in result.output
+
+
+def test_training_refuses_before_it_writes(free: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from hymba.experiments.settings import DataSettings, RunSettings, SettingsError, TrainSettings
+    from hymba.experiments.train import check_device
+
+    def settings(**run: Any) -> Any:
+        data = DataSettings(sequence_length=64)
+        return TrainSettings(model={}, data=data, run=RunSettings(batch_size=4, **run))
+
+    model = build(dtype=torch.float32)
+    free(0)
+    check_device(settings(device="cpu"), model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with pytest.raises(MemoryEstimateError, match=r"a training step of 4 rows .*run.gradient_checkpointing=true takes"):
+        check_device(settings(), model)
+    free(1 << 40)
+    check_device(settings(precision="bfloat16"), model)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    check_device(settings(), model)
+    with pytest.raises(
+        SettingsError, match=r"run.precision = 'bfloat16': Tesla T4 \(compute capability 7.5\) has none"
+    ):
+        check_device(settings(precision="bfloat16"), model)
+
+
+# GPUs that are not there, or too old.
+
+
+def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config = models.load_config(models.locate(None))
+    config.dtype = torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    assert models._dtype_there("auto", config, "cuda") == "float32"
+    line = capsys.readouterr().err
+    assert "Tesla T4 (compute capability 7.5) has no bfloat16: running in float32; --dtype float16" in line
+    assert models._dtype_there("float16", config, "cuda") == "float16"
+    assert models._dtype_there("auto", config, "cpu") == "auto"
+    with pytest.raises(UsageError, match=r"--dtype bfloat16: Tesla T4 .* allowed there: float32, float16"):
+        models._dtype_there("bfloat16", config, "cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert models._dtype_there("bfloat16", config, "cuda") == "bfloat16"
+
+
+def test_no_such_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(UsageError, match=r"--device cuda: this PyTorch \(.*\) is built without CUDA; use auto or cpu"):
+        models._device("cuda")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with pytest.raises(UsageError, match=r"--device cuda: this machine has no CUDA device that PyTorch can use"):
+        models._device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="--device cuda:2: this machine has 2 CUDA devices, numbered from 0"):
+        models._device("cuda:2")
+    assert models._device("cuda:1") == "cuda:1"

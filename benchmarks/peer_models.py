@@ -79,23 +79,26 @@ def cache_bytes(cache: Any) -> int:
 
 
 class PeerStep:
-    """Greedy decoding of one token on a static cache, compiled, with everything on the device.
+    """Greedy decoding of one token on a static cache, with everything on the device.
 
     Args:
         model: in inference. rows: batch. length: tokens that the cache holds. room: steps that it has room for.
-        compiled: through torch.compile; otherwise as the model stands.
 
     Attributes:
         tokens: (rows, 1) the token that each row takes in next. logits: (rows, vocab) of the last step.
     """
 
-    def __init__(self, model: Any, rows: int, length: int, room: int, *, compiled: bool) -> None:
+    def __init__(self, model: Any, rows: int, length: int, room: int) -> None:
         self.model, self.length = model, length
         device = model.device
         self.cache = StaticCache(config=model.config, max_cache_len=length + room)
         self.tokens = torch.full((rows, 1), 5, device=device)
         self.logits: Tensor | None = None
-        self.call = torch.compile(model.__call__, dynamic=False) if compiled else model.__call__
+        self.call = model.__call__
+
+    def compile(self) -> None:
+        """Run the compiled forward pass from now on."""
+        self.call = torch.compile(self.model.__call__, dynamic=False)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> None:

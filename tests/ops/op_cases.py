@@ -52,7 +52,7 @@ def with_gradients(op: Callable[..., tuple[Tensor, Tensor]], case: Case, **optio
     positional = [v for k, v in case.items() if k != "initial_state"]
     y, final = op(*positional, initial_state=case["initial_state"], **options)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64) for v in (y, final)]
+    weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device) for v in (y, final)]
     loss = sum((v.double() * w).sum() for v, w in zip((y, final), weights))
     inputs = {k: v for k, v in case.items() if v is not None}
     gradients = torch.autograd.grad(loss, list(inputs.values()))

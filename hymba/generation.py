@@ -11,7 +11,6 @@ from transformers.generation import StoppingCriteriaList
 
 from hymba.cache import HymbaCache, as_hymba_cache
 from hymba.inputs import InputError, check_ids, check_mask
-from hymba.memory import MemoryBytes, check_fits, generation_bytes
 
 _FINISHED = "finished_rows"
 
@@ -104,36 +103,8 @@ class HymbaGenerationMixin(GenerationMixin):
         length = None
         if kind == "static":
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-        self._check_memory(
-            generation_config, model_kwargs, batch_size, length or max_cache_length, static=length is not None
-        )
         model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=length)
         return None
-
-    def _check_memory(
-        self, settings: Any, model_kwargs: dict[str, Any], rows: int, length: int, *, static: bool
-    ) -> None:
-        """Refuse what will not fit, while nothing of it is allocated."""
-        if len({p.device for p in self.parameters()}) > 1:
-            return
-        mask = model_kwargs.get("attention_mask")
-        prompt = length if mask is None else int(mask.shape[1])
-
-        def need(batch: int, total: int) -> MemoryBytes:
-            return generation_bytes(
-                self.config,
-                batch=batch,
-                prompt=min(prompt, total),
-                length=total,
-                dtype=self.dtype,
-                static=static,
-                chunk=getattr(settings, "prefill_chunk_size", None),
-            )
-
-        advice = "prefill_chunk_size=... takes less for long prompts"
-        check_fits(
-            "generation", need, batch=rows, length=length, device=self.device, held=need(1, 1).weights, advice=advice
-        )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any

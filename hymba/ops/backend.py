@@ -239,6 +239,9 @@ def available() -> list[Row]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        # It names the build too, "+cpu" or "+cu130", which the installed metadata may leave out.
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

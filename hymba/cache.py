@@ -89,7 +89,7 @@ class HymbaCache(Cache):
         self.seen: Tensor | None = None
         self.valid: list[Tensor | int] = []
         self.started = False
-        self._interrupted = False
+        self.interrupted = False
 
     # What the model does with a cache.
 
@@ -142,7 +142,7 @@ class HymbaCache(Cache):
 
     def span(self, length: int, lengths: Tensor | None, *, rows: int, device: torch.device) -> Span:
         """Where `length` new tokens per row stand. Checks that they fit before anything is written."""
-        if self._interrupted:
+        if self.interrupted:
             raise CacheError(
                 "this cache was being written when a call was interrupted; restore() a snapshot or start a new cache"
             )
@@ -300,7 +300,7 @@ class HymbaCache(Cache):
         self.columns, self.uniform, self.started = snapshot.columns, snapshot.uniform, snapshot.started
         self.seen = None if snapshot.seen is None else snapshot.seen.clone()
         self.valid = list(snapshot.valid)
-        self._interrupted = False
+        self.interrupted = False
 
     def crop(self, *_: Any, **__: Any) -> None:
         """Not possible: an SSM state does not remember how it came about."""

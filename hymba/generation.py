@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
 from hymba.cache import HymbaCache, as_hymba_cache
+from hymba.decode_loop import run_loop
 from hymba.inputs import InputError, check_ids, check_mask
 
 _FINISHED = "finished_rows"
@@ -124,8 +125,18 @@ class HymbaGenerationMixin(GenerationMixin):
             mask[:, -1] = torch.where(finished.done.to(mask.device), 0, mask[:, -1])
         return updated
 
-    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
-        if input_ids.shape[0] > 1 and kwargs.get("past_key_values") is not None:
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        cache = kwargs.get("past_key_values")
+        if input_ids.shape[0] > 1 and cache is not None:
             stopping_criteria = FinishedRows(stopping_criteria)
             kwargs[_FINISHED] = stopping_criteria
             if kwargs.get("attention_mask") is None:
@@ -133,6 +144,55 @@ class HymbaGenerationMixin(GenerationMixin):
                 embeds = kwargs.get("inputs_embeds")
                 if embeds is not None and columns == 0:
                     columns = embeds.shape[1]
-                columns = max(columns, getattr(kwargs["generation_config"], "_mask_length", 0) or 0)
+                columns = max(columns, getattr(generation_config, "_mask_length", 0) or 0)
                 kwargs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], columns)
-        return super()._sample(input_ids, stopping_criteria=stopping_criteria, **kwargs)
+        if not synced_gpus and self._replays(cache, generation_config):
+            return self._sample_by_steps(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer, kwargs
+            )
+        return super()._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **kwargs,
+        )
+
+    def _replays(self, cache: Any, settings: Any) -> bool:
+        """Whether decoding runs as `DecodeStep`: on CUDA with a static cache, unless more than scores is asked for."""
+        static = isinstance(cache, HymbaCache) and cache.max_length is not None
+        asked = settings.return_dict_in_generate and (settings.output_attentions or settings.output_hidden_states)
+        if not static or asked or settings.disable_compile or settings.is_assistant:
+            return False
+        placed = {p.device for p in self.parameters()}
+        return len(placed) == 1 and placed.pop().type == "cuda"
+
+    def _sample_by_steps(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        settings: Any,
+        streamer: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`GenerationMixin._sample` with the steps after the prefill replayed over fixed addresses."""
+        outputs = self._prefill(input_ids, settings, kwargs, is_first_iteration=True)
+        cache = outputs.past_key_values
+        whole = settings.return_dict_in_generate
+        ends = any(hasattr(c, "eos_token_id") for c in criteria)
+        made = run_loop(
+            self, cache, outputs.logits[:, -1].float(), input_ids=input_ids, processors=processors, criteria=criteria,
+            sample=bool(settings.do_sample), pad=settings._pad_token_tensor if ends else None, streamer=streamer,
+            keep_scores=bool(whole and settings.output_scores), keep_logits=bool(whole and settings.output_logits),
+        )  # fmt: skip
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.cat([input_ids, made.tokens], dim=1)
+        if not whole:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=made.scores, logits=made.logits, past_key_values=cache
+        )

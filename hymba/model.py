@@ -262,11 +262,11 @@ class HymbaModel(HymbaPreTrainedModel):
         span = self._span(cache, rows, length, device, lengths, compaction, position_ids, seq_idx, cu_seq_lens_q)
         start = self._start(cache, rows, device)
         if cache is not None:
-            cache._interrupted = True
+            cache.interrupted = True
         x, hidden, weights = self._run(inputs_embeds, start, span, cache, output_hidden_states, output_attentions)
         if cache is not None:
             cache.advance(span, None if compaction is None else compaction.valid)
-            cache._interrupted = False
+            cache.interrupted = False
 
         x = self.final_norm(x)
         if hidden is not None:

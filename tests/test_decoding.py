@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import build
@@ -10,6 +12,7 @@ from transformers.generation import (
     LogitsProcessorList,
     MaxLengthCriteria,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -18,6 +21,7 @@ from transformers.generation import (
 from hymba import HymbaCache
 from hymba.decode_loop import can_capture_choice, run_loop
 from hymba.decoding import DecodeStep, why_not_fused
+from hymba.generation import HymbaGenerationMixin
 
 
 def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,8 +72,16 @@ def test_a_step_inside_untouched_leaves_no_trace() -> None:
     assert torch.equal(step.logits, expected)
 
 
+class Never(StoppingCriteria):
+    """Unknown to the loop, so that it runs on the host's side."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
 @torch.no_grad()
-def test_the_loop_chooses_what_generate_chooses_and_leaves_a_cache_that_continues() -> None:
+def test_the_loop_chooses_what_generate_chooses_and_leaves_a_cache_that_continues(where: str) -> None:
     model = build()
     ids, mask = left_padded()
     # An id that greedy decoding meets early in one row and not at once in all.
@@ -80,10 +92,13 @@ def test_the_loop_chooses_what_generate_chooses_and_leaves_a_cache_that_continue
     )[:, 9:]
     cache = HymbaCache(model.config, max_length=40)
     first = model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    criteria = [MaxLengthCriteria(33), EosTokenCriteria([eos])]
+    if where == "host":
+        criteria.append(Never())
     new = run_loop(
-        model, cache, first, processors=LogitsProcessorList(), sample=False,
-        eos=torch.tensor([eos]), pad=torch.tensor(0), new_tokens=24,
-    )  # fmt: skip
+        model, cache, first, input_ids=ids, processors=LogitsProcessorList(), criteria=StoppingCriteriaList(criteria),
+        sample=False, pad=torch.tensor(0),
+    ).tokens  # fmt: skip
     assert torch.equal(new, expected)
 
     # Every row goes on as it would alone.
@@ -111,7 +126,10 @@ def test_sampling_follows_the_distribution() -> None:
     cache = HymbaCache(model.config, max_length=8)
     first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     torch.manual_seed(0)
-    new = run_loop(model, cache, first, processors=processors, sample=True, eos=None, pad=None, new_tokens=1)
+    new = run_loop(
+        model, cache, first, input_ids=prompt, processors=processors, sample=True, pad=None,
+        criteria=StoppingCriteriaList([MaxLengthCriteria(4)]),
+    ).tokens  # fmt: skip
     expected = processors(prompt[:1], first[:1]).softmax(-1)[0]
     share = torch.bincount(new[:, 0], minlength=expected.numel()) / 400
     assert (share[expected == 0] == 0).all()
@@ -134,3 +152,90 @@ def test_a_step_needs_a_static_cache_with_a_prompt() -> None:
 def test_why_not_fused_names_the_reason() -> None:
     model = build(kq_norm="rms")
     assert "query/key norms" in (why_not_fused(model) or "")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "eos": {"do_sample": False, "eos_token_id": [3, 4, 9, 12, 20], "pad_token_id": 0},
+    "penalty": {"do_sample": False, "repetition_penalty": 1.3, "eos_token_id": [3, 4, 9], "pad_token_id": 0},
+    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 7, "eos_token_id": [3, 4, 9], "pad_token_id": 0},
+    "scores": {"do_sample": False, "eos_token_id": None, "output_scores": True, "output_logits": True},
+    "one": {"do_sample": False, "max_new_tokens": 1},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 4},
+}
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`generate` by steps also without CUDA; counts how often."""
+    calls: list[int] = []
+
+    def replays(self: Any, cache: Any, settings: Any) -> bool:
+        calls.append(1)
+        return isinstance(cache, HymbaCache) and cache.max_length is not None
+
+    monkeypatch.setattr(HymbaGenerationMixin, "_replays", replays)
+    return calls
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_generate_by_steps_equals_generate(options: str, everywhere: list[int]) -> None:
+    model = build(dtype=torch.float64)
+    ids, mask = left_padded()
+    common = {"max_new_tokens": 14, "return_dict_in_generate": True, **OPTIONS[options]}
+    out = []
+    for room in (60, None):
+        torch.manual_seed(5)
+        cache = HymbaCache(model.config, max_length=room)
+        out.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **common))
+    assert len(everywhere) == 2
+    steps, plain = out
+    assert torch.equal(steps.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        if common.get(f"output_{name}"):
+            assert len(steps[name]) == len(plain[name])
+            for a, b in zip(steps[name], plain[name], strict=True):
+                assert torch.allclose(a, b, atol=1e-5)
+    mine, theirs = (o.past_key_values for o in out)
+    assert mine.columns == theirs.columns
+    assert (mine.valid_columns() is None) == (theirs.valid_columns() is None)
+    if mine.valid_columns() is not None:
+        assert torch.equal(mine.valid_columns(), theirs.valid_columns())
+    turn = torch.tensor([[3, 4, 5]]).expand(3, -1)
+    rest = [torch.cat([o.sequences[:, c.columns :], turn], 1) for o, c in zip(out, (mine, theirs), strict=True)]
+    masks = [
+        None if c.valid_columns() is None else torch.cat([c.valid_columns().long(), torch.ones_like(r)], 1)
+        for c, r in zip((mine, theirs), rest, strict=True)
+    ]
+    model_out = [
+        model(r, attention_mask=m, past_key_values=c).logits[:, -1]
+        for r, m, c in zip(rest, masks, (mine, theirs), strict=True)
+    ]
+    assert torch.allclose(model_out[0], model_out[1], atol=1e-5)
+
+
+def test_generate_by_steps_streams_and_marks_a_cache_that_was_broken_off(everywhere: list[int]) -> None:
+    model = build()
+
+    class Streamer:
+        def __init__(self, most: int) -> None:
+            self.most, self.got, self.ended = most, [], False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.got += value.flatten().tolist()
+            if len(self.got) > self.most:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            self.ended = True
+
+    ids = torch.tensor([[5, 6, 7]])
+    whole = model.generate(ids, max_new_tokens=9, do_sample=False)
+    streamer = Streamer(100)
+    model.generate(ids, max_new_tokens=9, do_sample=False, cache_implementation="static", streamer=streamer)
+    assert streamer.got == whole[0].tolist() and streamer.ended
+    cache = HymbaCache(model.config, max_length=40)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=9, do_sample=False, past_key_values=cache, streamer=Streamer(6))
+    with pytest.raises(ValueError, match="interrupted"):
+        model(ids, past_key_values=cache)

@@ -90,17 +90,19 @@ def test_attention(dtype, tolerance, window, length):
     inputs = [normal(2, length, 25, 64), normal(2, keys, 5, 64), normal(2, keys, 5, 128)]
     inputs += [normal(1, prefix, 5, 64), normal(1, prefix, 5, 128)]
     at = torch.arange(keys, device="cuda")[None]
-    seen = Visibility(at[:, keys - length :], at, window, prefix, own_keys=keys - length)
-    q, k, v, pk, pv = inputs
-    got = attention(q, k, v, seen, prefix_k=pk, prefix_v=pv)[0]
-    dy = torch.randn_like(got)
-    got = [got, *torch.autograd.grad(got, inputs, dy)]
+    start = torch.tensor([keys - length], device="cuda")
+    seen = Visibility(at[:, keys - length :], at, window, prefix, own_keys=keys - length, start=start)
+    dy = torch.randn(2, length, 3200, device="cuda", dtype=dtype)
     q, k, v, pk, pv = (t.detach().double().requires_grad_() for t in inputs)
     joined = [torch.cat([p.expand(2, -1, -1, -1), t], 1) for p, t in ((pk, k), (pv, v))]
     want = attention_ref(q, *joined, seen.dense())[0]
     want = [want, *torch.autograd.grad(want, [q, k, v, pk, pv], dy.double())]
-    for name, a, b in zip(("out", "q", "k", "v", "prefix_k", "prefix_v"), got, want):
-        assert relative(a.detach().double(), b.detach()) < tolerance, name
+    q, k, v, pk, pv = inputs
+    for backend in _usable("attention"):
+        got = attention(q, k, v, seen, prefix_k=pk, prefix_v=pv, backend=backend)[0]
+        got = [got, *torch.autograd.grad(got, inputs, dy)]
+        for name, a, b in zip(("out", "q", "k", "v", "prefix_k", "prefix_v"), got, want):
+            assert relative(a.detach().double(), b.detach()) < tolerance, (backend, name)
 
 
 BROKEN = """

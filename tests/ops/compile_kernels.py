@@ -21,8 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime import driver as drivers
 
+from hymba.ops.attention_op import Sources, padded_rows
 from hymba.ops.scan_inputs import ScanInputs
 from hymba.ops.triton import (
+    attention,
+    attention_backward,
     conv,
     decode,
     decode_attention,
@@ -77,7 +80,9 @@ def main(capability: int, quick: bool) -> None:
                 seen.add(kernel.hash)
                 registers, stack, shared = usage(kernel.asm["cubin"])
                 module = self.fn.__module__.rpartition(".")[2]
-                print(f"{module:14} {self.fn.__name__:18} {registers:4} registers {stack:5} stack {shared:6} shared")
+                warpgroups = "warpgroup products" if "wgmma.mma_async" in kernel.asm["ptx"] else ""
+                used = f"{registers:4} registers {stack:5} stack {shared:6} shared {warpgroups}"
+                print(f"{module:18} {self.fn.__name__:18} {used}")
 
         return launch
 
@@ -110,6 +115,30 @@ def main(capability: int, quick: bool) -> None:
         fused(projected, x, dt, rich)
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         decode_step(dtype, capability >= 90)
+        many_queries(dtype, quick)
+
+
+def many_queries(dtype: torch.dtype, quick: bool) -> None:
+    """Attention of prefill and training: own keys in a window, packed, global, behind a ring, behind a buffer."""
+    b, l, h, k, d, e, m = 2, 256, 25, 5, 64, 128, 128
+    projected = torch.zeros(b, l, h * d + k * (d + e), dtype=dtype)
+    q, keys, values = projected.split([h * d, k * d, k * e], dim=-1)
+    q, keys, values = q.unflatten(2, (h, d)), keys.unflatten(2, (k, d)), values.unflatten(2, (k, e))
+    meta = torch.zeros(1, m, k, d, dtype=dtype), torch.zeros(1, m, k, e, dtype=dtype)
+    held = torch.zeros(b, 1024 + l, k, d, dtype=dtype), torch.zeros(b, 1024 + l, k, e, dtype=dtype)
+    start, bounds = torch.zeros(1, dtype=torch.long), [torch.zeros(1, l, dtype=torch.int32)] * 2
+    out, lse = torch.zeros(b, l, h * e, dtype=dtype), torch.zeros(b, k, padded_rows(l * h // k))
+    cases = [
+        Sources(q, keys, values, *meta, None, None, None, 1024, 0),
+        Sources(q, keys, values, *meta, None, *bounds, None, 0),
+        Sources(q, keys, values, *meta, None, None, None, None, 0),
+        Sources(q, *held, *meta, start, None, None, 1024, 1024),
+        Sources(q, *held, *meta, start, None, None, None, None),
+    ]
+    for case in cases[:1] if quick else cases:
+        attention.forward(case)
+        attention_backward.backward(case, out, lse, out)
+    attention.forward(cases[3])
 
 
 def decode_step(dtype: torch.dtype, dependent: bool) -> None:

@@ -17,4 +17,10 @@ def test_every_kernel_compiles_without_a_gpu(capability, tmp_path):
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, script, capability, "--quick"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 37, done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 42, done.stdout
+    for line in lines:
+        if line.startswith("attention") and "_prefix_kernel" not in line and capability == "90":
+            # Two programs per multiprocessor are worth a spilled register or four.
+            assert int(line.split()[4]) <= 16, f"registers spill: {line}"
+            assert line.endswith("warpgroup products"), line

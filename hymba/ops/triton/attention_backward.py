@@ -34,7 +34,7 @@ from .attention import (
 # As in the forward pass.
 QUERY_TILES: dict[tuple[int, int], Tile] = {
     (2, 64): Tile(128, 64, 4, 2),
-    (2, 128): Tile(128, 64, 8, 2),
+    (2, 128): Tile(128, 64, 8, 2, 128),
     (2, 256): Tile(64, 32, 4, 2),
     (4, 64): Tile(32, 32, 4, 2),
     (4, 128): Tile(32, 32, 4, 2),
@@ -42,7 +42,7 @@ QUERY_TILES: dict[tuple[int, int], Tile] = {
 }
 KEY_TILES: dict[tuple[int, int], Tile] = {
     (2, 64): Tile(64, 128, 8, 2),
-    (2, 128): Tile(64, 128, 8, 2),
+    (2, 128): Tile(64, 128, 8, 3),
     (2, 256): Tile(32, 64, 8, 2),
     (4, 64): Tile(32, 32, 4, 2),
     (4, 128): Tile(32, 32, 4, 2),
@@ -229,6 +229,26 @@ def _key_kernel(
         tl.store(dv_ptr + (to * E)[:, None] + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _prefix_kernel(
+    dpk_ptr, dpv_ptr, k_ptr, v_ptr, k_size, v_size, count, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each row of the prefix gradients is the sum of its `count` parts, in order; keys first, then values."""
+    row = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if program < tl.cdiv(k_size, BLOCK):
+        at = program * BLOCK + tl.arange(0, BLOCK)
+        for part in tl.range(0, count):
+            total += tl.load(dpk_ptr + (row * count + part) * k_size + at, mask=at < k_size, other=0.0)
+        tl.store(k_ptr + row * k_size + at, total.to(k_ptr.dtype.element_ty), mask=at < k_size)
+    else:
+        at = (program - tl.cdiv(k_size, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+        for part in tl.range(0, count):
+            total += tl.load(dpv_ptr + (row * count + part) * v_size + at, mask=at < v_size, other=0.0)
+        tl.store(v_ptr + row * v_size + at, total.to(v_ptr.dtype.element_ty), mask=at < v_size)
+
+
 def backward(
     s: Sources, out: Tensor, lse: Tensor, dout: Tensor, tiles: tuple[Tile | None, Tile | None] = (None, None)
 ) -> list[Tensor]:
@@ -272,9 +292,10 @@ def backward(
         )  # fmt: skip
     if s.prefix_k is None or s.prefix_v is None:
         return [dq, dk, dv, dpk.new_empty(0), dpv.new_empty(0)]
-    shared = s.prefix_k.shape[0] == 1
-    grads = [
-        (part.sum(0, keepdim=True) if shared else part.unflatten(0, (b, splits)).sum(1)).to(like.dtype)
-        for part, like in ((dpk, s.prefix_k), (dpv, s.prefix_v))
-    ]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (s.prefix_k, s.prefix_v)]
+    own_rows, sizes = s.prefix_k.shape[0], [grad[0].numel() for grad in grads]
+    with on_device(s.q):
+        _prefix_kernel[(sum(triton.cdiv(size, 256) for size in sizes), own_rows)](
+            dpk, dpv, *grads, *sizes, parts // own_rows, BLOCK=256, num_warps=1
+        )
     return [dq, dk, dv, *grads]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-_FACTS = "model op backend work kind way mode setting activation loss static compile batch length chunk".split()
+_FACTS = "model op backend work kind way mode setting activation loss policy static compile batch length chunk".split()
 """What was measured, in the order of the table's columns."""
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train                                  # 2 x 8k and 8 x 2k, both ways
     python -m benchmarks.train --shape 2x8192 --way backward --compile
+    python -m benchmarks.train --shape 2x8192 --policy none selective full
     python -m benchmarks.train --device cpu --shape 2x64
 
 `backward`: bfloat16 parameters, forward with loss and backward, no optimizer. `step`: float32 parameters, bfloat16
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 from benchmarks.common import measure, peak_bytes, report, spread
 from benchmarks.models import add_model_arguments, build, check_against_plain, hymba_config, needs_device, random_ids
 from benchmarks.roofline import measured_ceilings, train
+from hymba.memory import POLICIES, training_bytes
 
 WAYS = ("backward", "step")
 
@@ -68,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--loss", choices=("fused", "logits"), default="fused", help="without the logits of all tokens, or with them"
     )
+    parser.add_argument(
+        "--policy", nargs="+", choices=POLICIES, default=["none"], help="activations kept for backward; several in turn"
+    )
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args(arguments)
     needs_device(args.device)
@@ -87,24 +93,30 @@ def main(arguments: list[str] | None = None) -> int:
         model = build(config, device=device, dtype=dtype).train()
         model.use_fused_loss(args.loss == "fused")
         called = torch.compile(model) if args.compile else model
-        for batch, length in shapes:
+        for policy, (batch, length) in itertools.product(args.policy, shapes):
+            model.set_activation_checkpointing(policy)
             ids = random_ids(batch, length, config.vocab_size, device)
             run = step_function(called, ids, way, device)
             row: dict[str, Any] = {"way": way, "batch": batch, "length": length, "loss": args.loss}
-            row |= {"compile": args.compile}
+            row |= {"policy": policy, "compile": args.compile}
             try:
                 run()
                 with peak_bytes(device) as peak:
                     seconds = spread(measure(run, device, warmup=2, repeats=args.repeats))
             except torch.OutOfMemoryError:
                 rows.append(row | {"out_of_memory": True})
-                print(f"{way:8} {batch} x {length}: out of memory", flush=True)
+                print(f"{way:8} {policy:9} {batch} x {length}: out of memory", flush=True)
                 continue
             finally:
                 model.zero_grad(set_to_none=True)
             row |= {"seconds": seconds, "tokens_per_s": batch * length / seconds["median"], "peak_bytes": peak.value}
-            line = f"{way:8} {batch} x {length}: {row['tokens_per_s']:8,.0f} tok/s, {1e3 * seconds['median']:.1f} ms "
-            line += f"({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), peak {peak.value / 2**30:.2f} GiB"
+            row["estimated_bytes"] = training_bytes(
+                config, batch=batch, length=length, parameter_dtype=dtype, optimizer=way == "step",
+                checkpointing=policy, fused_loss=args.loss == "fused",
+            ).total  # fmt: skip
+            line = f"{way:8} {policy:9} {batch} x {length}: {row['tokens_per_s']:8,.0f} tok/s, "
+            line += f"{1e3 * seconds['median']:.1f} ms ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), peak {peak.value / 2**30:.2f} GiB "
+            line += f"(estimated {row['estimated_bytes'] / 2**30:.2f})"
             if ceilings is not None:
                 row["floor_s"] = ceilings.floor(*train(config, batch, length))
                 row["share_of_floor"] = row["floor_s"] / seconds["median"]

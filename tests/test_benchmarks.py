@@ -134,8 +134,9 @@ def test_no_number_when_the_check_fails(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     train = benchmark("train")
-    assert train.main("--device cpu --shape 2x32 --repeats 1".split()) == 0
-    assert [row["way"] for row in result(capsys)["rows"]] == ["backward", "step"]
+    assert train.main("--device cpu --shape 1x16 --repeats 1 --policy none full".split()) == 0
+    rows = [(row["way"], row["policy"]) for row in result(capsys)["rows"]]
+    assert rows == [(way, policy) for way in ("backward", "step") for policy in ("none", "full")]
     with pytest.raises(SystemExit, match="2"):
         train.main("--device cpu --shape 2-32".split())
     assert "--shape 2-32" in capsys.readouterr().err

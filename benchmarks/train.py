@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
                 checkpointing=policy, fused_loss=args.loss == "fused",
             ).total  # fmt: skip
             line = f"{way:8} {policy:9} {batch} x {length}: {row['tokens_per_s']:8,.0f} tok/s, "
-            line += f"{1e3 * seconds['median']:.1f} ms ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), peak {peak.value / 2**30:.2f} GiB "
+            line += f"{1e3 * seconds['median']:.1f} ms ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), "
+            line += f"peak {peak.value / 2**30:.2f} GiB "
             line += f"(estimated {row['estimated_bytes'] / 2**30:.2f})"
             if ceilings is not None:
                 row["floor_s"] = ceilings.floor(*train(config, batch, length))

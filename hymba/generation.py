@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from hymba.decode_loop import run_loop
 from hymba.inputs import InputError, check_ids, check_mask
 
 _FINISHED = "finished_rows"
+# Tokens that one call of a prefill takes in at most: longer prompts are cut, so that activations stay bounded (about
+# 0.3 MB a token at 1.5B). Rows of a large batch get at least the second number.
+_PREFILL_TOKENS = 32768
+_LEAST_CHUNK = 1024
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -38,6 +43,10 @@ class HymbaGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, with inputs checked once on the host before anything runs.
+
+        With `cache_implementation="static"` on CUDA the steps after the prompt are replayed as a CUDA graph
+        (`disable_compile=True` leaves it out). Prompts of more than 32,768 tokens in all are taken in in pieces, as
+        with `prefill_chunk_size`.
 
         Raises:
             InputError: ids out of range, zero tokens, a bad mask, right padding, a mask that contradicts the cache.
@@ -124,6 +133,14 @@ class HymbaGenerationMixin(GenerationMixin):
         if finished is not None and finished.done is not None and mask is not None:
             mask[:, -1] = torch.where(finished.done.to(mask.device), 0, mask[:, -1])
         return updated
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        rows, length = input_ids.shape
+        long = rows * length > _PREFILL_TOKENS and model_kwargs.get("inputs_embeds") is None
+        if long and generation_config.prefill_chunk_size is None and model_kwargs.get("past_key_values") is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = max(_LEAST_CHUNK, _PREFILL_TOKENS // rows)
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _sample(
         self,

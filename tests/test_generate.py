@@ -367,3 +367,18 @@ def test_right_padded_batches_from_a_tokenizer_are_refused(folder: Path) -> None
         loaded.generate(**batch, max_new_tokens=2)
     tokenizer.padding_side = "left"
     loaded.generate(**tokenizer(["abc", "a"], padding=True, return_tensors="pt"), max_new_tokens=2)
+
+
+def test_a_long_prompt_is_taken_in_in_pieces(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(3, 40, (2, 30))
+    want = model.generate(ids, **PLAIN)
+    monkeypatch.setattr("hymba.generation._PREFILL_TOKENS", 24)
+    monkeypatch.setattr("hymba.generation._LEAST_CHUNK", 4)
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    got = model.generate(ids, **PLAIN)
+    hook.remove()
+    assert torch.equal(got, want)
+    assert lengths[:3] == [12, 12, 6]

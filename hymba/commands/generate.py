@@ -79,7 +79,7 @@ def generate(
     no_repeat_ngram_size: opt.NoRepeatNgramSize = None,
     stop_strings: opt.StopStrings = None,
     num_return_sequences: opt.NumReturnSequences = None,
-    cache_implementation: opt.CacheKind = opt.CacheImplementation.dynamic,
+    cache_implementation: opt.CacheKind = None,
     do_sample: opt.DoSample = None,
     temperature: opt.Temperature = None,
     top_k: opt.TopK = None,
@@ -134,7 +134,7 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size,
         stop_strings=stop_strings or None,
         num_return_sequences=num_return_sequences,
-        cache_implementation=None if cache_implementation.value == "dynamic" else cache_implementation.value,
+        cache_implementation=_cache(cache_implementation, network, beams),
         do_sample=do_sample,
         temperature=temperature,
         top_k=top_k,
@@ -173,6 +173,13 @@ def generate(
 
 
 # Input.
+
+
+def _cache(kind: opt.CacheImplementation | None, network: HymbaForCausalLM, beams: int) -> str | None:
+    """The cache asked for, as `generate` takes it; by default the one that decodes fastest."""
+    if kind is None:
+        return "static" if network.device.type == "cuda" and beams == 1 else None
+    return None if kind is opt.CacheImplementation.dynamic else kind.value
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[Prompt]:

@@ -59,11 +59,12 @@ Prepack = Annotated[
     ),
 ]
 CacheKind = Annotated[
-    CacheImplementation,
+    CacheImplementation | None,
     typer.Option(
         "--cache-implementation",
         metavar="KIND",
         help="dynamic (it grows) or static (fixed buffers).",
+        show_default="static on CUDA without beams, else dynamic",
         rich_help_panel=_DECODING,
     ),
 ]

@@ -199,7 +199,7 @@ class Rows:
 
 
 def run_model(
-    rows: Rows, name: str, model: Any, work: list[str], *, toy: bool, repeats: int, compile_limit: int
+    rows: Rows, name: str, model: Any, work: list[str], *, toy: bool, repeats: int, compile_limit: int, single: bool
 ) -> None:
     """All work of one model."""
     device, vocab = rows.device, model.config.vocab_size
@@ -209,7 +209,7 @@ def run_model(
     def decode(length: int) -> Callable[[int], dict[str, Any]]:
         def run(batch: int) -> dict[str, Any]:
             if not ours:
-                return time_peer(model, batch, length, device, compile_limit)
+                return time_peer(model, batch, length, device, compile_limit if batch == 1 or not single else 0)
             step = hymba_step(model, batch, length)
             seconds = time_step(step.run, device, lambda: None)
             facts = {"cache_bytes": step.cache.nbytes(), "setting": "fused" if step.fused else "modules"}
@@ -269,11 +269,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile-limit", type=int, default=80, metavar="SECONDS", help="per compilation of a peer's step; 0: none"
     )
+    parser.add_argument("--compile-single", action="store_true", help="compile the step of batch 1 only")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache for batch 1, no number")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
     needs_device(args.device)
     device, toy = args.device, args.toy or args.device == "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if args.compile_only:
+        return compile_steps(args.peers, device, dtype, args.limit, toy=toy)
     machine()
     for check in (lambda m, ids: [one_piece(m, ids)], loss_and_gradients):
         check_against_plain(check, device=device, dtype=dtype, toy=toy)
@@ -306,6 +310,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     print_ratios(rows.rows)
     report("peers", rows.rows, dtype=str(dtype).removeprefix("torch."), **(ceilings.to_dict() if ceilings else {}))
+    return 0
+
+
+def compile_steps(names: list[str], device: str, dtype: torch.dtype, limit: int, *, toy: bool) -> int:
+    """Compile each peer's step of the first decoding shape once."""
+    batch, length = (TOY_SHAPES if toy else SHAPES)["decode"][0]
+    for name in names:
+        started = time.perf_counter()
+        model = build(peer_config(name, toy=toy), peer_class(name), device=device, dtype=dtype)
+        step = PeerStep(model, batch, length, ROOM)
+        step.fill()
+        built = time.perf_counter()
+        if device == "cuda":
+            step.compile()
+        try:
+            with time_limit(limit):
+                step.run()
+        except TookTooLongError as error:
+            print(f"{name}: {error}", flush=True)
+        print(f"{name}: built in {built - started:.0f} s, first step {time.perf_counter() - built:.0f} s", flush=True)
+        model = step = None
+        clear(device)
     return 0
 
 

@@ -189,6 +189,12 @@ def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["hymba_over_this"] > 0 for row in rows if row["model"] != "hymba")
 
 
+def test_compiling_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark("peers").main("--device cpu --peers llama-3.2-1b --compile-only".split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("llama-3.2-1b: built in") and "tok/s" not in out
+
+
 def test_a_peers_step_gives_its_forward_pass() -> None:
     models, peers, runs = benchmark("models"), benchmark("peer_models"), benchmark("peers")
     for name in peers.PEERS:

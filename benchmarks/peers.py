@@ -296,7 +296,10 @@ def main(arguments: list[str] | None = None) -> int:
                     expected = cost.parameters(config).total if name == "hymba" else PARAMETERS[name]
                     assert count == expected, f"{name} has {count:,} parameters, published {expected:,}"
                 print(f"{name}: {count:,} parameters", flush=True)
-                run_model(rows, name, model, args.work, toy=toy, repeats=args.repeats, compile_limit=args.compile_limit)
+                run_model(
+                    rows, name, model, args.work, toy=toy, repeats=args.repeats, compile_limit=args.compile_limit,
+                    single=args.compile_single,
+                )  # fmt: skip
         except TookTooLongError as error:
             print(f"{name}: {error}", flush=True)
         for row in rows.rows:

@@ -17,8 +17,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-_FACTS = "model op backend work kind way mode setting activation loss policy static compile batch length chunk".split()
+_FACTS = "model op case backend variant blocks work kind way mode setting activation loss policy static compile batch length chunk".split()
 """What was measured, in the order of the table's columns."""
+
+
+_COPY = ("copy_bytes_per_s", "copy_bytes_per_second", "bandwidth")
+_MATRIX = ("matrix_flops_per_s", "matrix_rate")
+"""Names under which reports give the measured rates."""
 
 
 def read_lines(text: Iterable[str]) -> list[dict[str, Any]]:
@@ -68,6 +73,10 @@ NUMBERS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "ms, median (p10 to p90)": _milliseconds,
     "forward ms": _pass("forward"),
     "backward ms": _pass("backward"),
+    "forward of the matrix rate": _number("forward_of_rate", "{:.0%}"),
+    "backward of the matrix rate": _number("backward_of_rate", "{:.0%}"),
+    "us": _number("us", "{:.2f}"),
+    "floor us": _number("floor_us", "{:.2f}"),
     "floor ms": _floor,
     "of the floor": _number("share_of_floor", "{:.0%}"),
     "peak GiB": _number("peak_bytes", "{:.1f}", 2**-30),
@@ -96,8 +105,8 @@ def table(report: dict[str, Any]) -> str:
     where = ", ".join(f"{k} {v}" if k != "device" else v for k, v in machine.items() if k != "python")
     lines = [f"### {report['benchmark']}", "", where, ""]
     lines += ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *cells)]
-    rates = [f"copy {report['copy_bytes_per_s'] / 1e12:.2f} TB/s"] if "copy_bytes_per_s" in report else []
-    rates += [f"matrix products {report['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s"] if rates else []
+    rates = [f"copy {report[name] / 1e12:.2f} TB/s" for name in _COPY if name in report]
+    rates += [f"matrix products {report[name] / 1e12:.0f} TFLOP/s" for name in _MATRIX if name in report]
     if "long_over_short_per_token" in report:
         rates.append(f"the long prompt costs {report['long_over_short_per_token']:.2f} times the short one per token")
     return "\n".join([*lines, *(["", "Measured here: " + "; ".join(rates) + "."] if rates else [])]) + "\n"
@@ -108,6 +117,8 @@ def _fact(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else ""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={item}" for name, item in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

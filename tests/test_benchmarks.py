@@ -288,6 +288,18 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| falcon-h1-1.5b | decode |  | 8,192 |  |  |  | not done after 170 s |" in out
 
 
+def test_rows_of_ops() -> None:
+    row = {"op": "selective_scan", "backend": "triton", "variant": {"T": 8}, "forward": {"median": 2e-3, "p10": 1e-3,
+           "p90": 3e-3}, "worst_error": 1e-5}  # fmt: skip
+    attention = {"case": "window", "backend": "triton", "variant": "", "forward_of_rate": 0.43}
+    text = benchmark("report").table(
+        {"benchmark": "ops", "rows": [row, attention], "copy_bytes_per_second": 4.2e12, "matrix_rate": 7.9e14}
+    )
+    assert "| selective_scan |  | triton | T=8 | 2 (1 to 3) |  |" in text
+    assert "|  | window | triton |  |  | 43% |" in text
+    assert "Measured here: copy 4.20 TB/s; matrix products 790 TFLOP/s." in text
+
+
 def test_the_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "plots"

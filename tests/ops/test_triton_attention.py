@@ -223,6 +223,16 @@ def test_compiles_into_one_op() -> None:
     assert all(torch.equal(a, x) for a, x in zip([out, *grads], want, strict=True))
 
 
+def test_tiles_fit_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 128), torch.zeros(1, 1, 1, 128)
+    s = op.Sources(*(t.to(torch.bfloat16) for t in x), *[None] * 6, 0)  # type: ignore[arg-type]
+    table = {(2, 128): kernels.Tile(64, 128, 8, 3)}
+    for room, rows, keys, stages in ((232448, 64, 128, 3), (101376, 64, 128, 2), (65536, 64, 32, 2), (9999, 16, 16, 2)):
+        monkeypatch.setattr(kernels, "_shared_memory", lambda _, room=room: room)
+        tile = kernels.tile_for(table, s, rows_stay=False)
+        assert (tile.rows, tile.keys, tile.stages) == (rows, keys, stages)
+
+
 def test_masks_and_bounds_agree() -> None:
     span = Span.following(12)
     span.seq_idx = torch.tensor([[0] * 5 + [1] + [2] * 6])

@@ -18,6 +18,7 @@ Floor: 2 (d + e) operations per visible pair on the matrix units, and one expone
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -59,8 +60,31 @@ TILES: dict[tuple[int, int], Tile] = {
 }
 
 
-def tile_for(table: dict[tuple[int, int], Tile], v: Tensor, d: int) -> Tile:
-    return table[v.element_size(), max(64, d, v.shape[-1])]
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # pragma: gpu
+
+
+def tile_for(table: dict[tuple[int, int], Tile], s: Sources, *, rows_stay: bool) -> Tile:
+    """The table's tile, made smaller where the device has less shared memory than the one it was measured on.
+
+    rows_stay: a program keeps its rows and visits blocks of keys; otherwise the other way round.
+    """
+    size, d, e = s.v.element_size(), s.q.shape[3], s.v.shape[3]
+    tile, room = table[size, max(64, d, e)], _shared_memory(s.q.device)
+    while True:
+        held, visited = (tile.rows, tile.keys) if rows_stay else (tile.keys, tile.rows)
+        if (held + tile.stages * visited) * (d + e) * size <= room or max(held, visited) == 16:
+            return tile
+        if tile.stages > 2:
+            tile = tile._replace(stages=2)
+        elif tile.rows > tile.keys:
+            tile = tile._replace(rows=tile.rows // 2)
+        else:
+            tile = tile._replace(keys=tile.keys // 2)
 
 
 @triton.jit
@@ -256,7 +280,7 @@ def forward(s: Sources, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """
     s = heads_contiguous(s)
     (b, l, h, d), heads, e = s.q.shape, s.k.shape[2], s.v.shape[3]
-    tile = tile or tile_for(TILES, s.v, d)
+    tile = tile or tile_for(TILES, s, rows_stay=True)
     out = torch.empty(b, l, h * e, dtype=s.v.dtype, device=s.q.device)
     lse = torch.empty(b, heads, padded_rows(l * (h // heads)), dtype=torch.float32, device=s.q.device)
     pk, pv, prefix = prefix_of(s)

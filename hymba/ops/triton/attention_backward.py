@@ -269,14 +269,14 @@ def backward(
     constexprs, scale = constants(s), d**-0.5
     rows = l * (h // heads)
     with on_device(s.q):
-        tile = tiles[0] or tile_for(QUERY_TILES, s.v, d)
+        tile = tiles[0] or tile_for(QUERY_TILES, s, rows_stay=True)
         _query_kernel[(triton.cdiv(lse.shape[2], tile.rows), heads, b)](
             s.q, s.k, s.v, pk, pv, start, low, out, dout, lse, delta, dq,
             l, prefix, s.window or 0, s.slots, lse.shape[2], scale * LOG2_E, scale,
             *strides(s), batch_stride(s.start), batch_stride(s.low),
             M=tile.rows, N=tile.keys, **constexprs, **tile.options(),
         )  # fmt: skip
-        tile = tiles[1] or tile_for(KEY_TILES, s.v, d)
+        tile = tiles[1] or tile_for(KEY_TILES, s, rows_stay=False)
         splits = triton.cdiv(rows, PREFIX_ROWS)
         split_rows = triton.cdiv(triton.cdiv(rows, splits), tile.rows) * tile.rows
         splits = triton.cdiv(rows, split_rows)

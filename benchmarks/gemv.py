@@ -33,11 +33,11 @@ TOLERANCE = 1e-2
 """||got - want|| / ||want|| in bfloat16."""
 
 BLOCKS = {
-    1600: ((2, 4), (4, 4), (8, 4), (8, 8), (16, 8)),
-    3200: ((1, 4), (2, 4), (4, 4), (4, 8)),
-    5504: ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8)),
+    1600: ((4, 4, 0), (8, 4, 0), (2, 4, 4), (4, 4, 4), (4, 4, 5), (2, 4, 6), (4, 8, 3), (2, 2, 8), (8, 8, 2)),
+    3200: ((4, 8, 0), (4, 4, 0), (2, 4, 4), (2, 8, 3), (1, 4, 4), (1, 4, 6), (2, 4, 6)),
+    5504: ((2, 8, 0), (2, 4, 0), (1, 4, 4), (1, 8, 3), (1, 4, 6), (2, 8, 2), (1, 8, 4)),
 }
-"""Output features per program and warps, by depth."""
+"""Output features of a block, warps, and programs per multiprocessor (0: one block each), by depth."""
 
 
 def surroundings(kind: str, n: int, k: int, x: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def plain_error(n: int, k: int) -> float:
 
 
 def chain(
-    x: torch.Tensor, weights: list[torch.Tensor], extras: list[dict[str, Any]], blocks: tuple[int, int] | None
+    x: torch.Tensor, weights: list[torch.Tensor], extras: list[dict[str, Any]], blocks: tuple[int, int, int] | None
 ) -> Callable[[], None]:
     def run() -> None:
         for weight, extra in zip(weights, extras, strict=True):
@@ -87,7 +87,7 @@ def main() -> None:
         out = torch.zeros(1, n, device="cuda", dtype=torch.bfloat16)
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         extras = [surroundings(kind, n, k, x, out) for _ in range(copies)]
-        for blocks in (*(BLOCKS[k] if n > 256 else ((1, 4), (1, 8), (2, 8))), None):
+        for blocks in (*(BLOCKS[k] if n > 256 else ((1, 4, 0), (1, 8, 0), (2, 8, 0))), None):
             seconds = statistics.median(graph_times(chain(x, weights, extras, blocks), repeats=8)) / copies
             floor = size / bandwidth * 1e6
             rows.append({"case": name, "blocks": blocks or "default", "us": seconds * 1e6, "floor_us": floor})

@@ -85,7 +85,7 @@ def test_linear_layers_of_one_row() -> None:
     weight, gate = (torch.randn(features, depth) / 10 for _ in range(2))
     norm, norm2, bias = torch.rand(depth) + 0.5, torch.rand(depth) + 0.5, torch.randn(features)
     a, b = rms_norm(x, norm, 1e-6), rms_norm(other, norm2, 1e-6)
-    for blocks in ((4, 4), None):
+    for blocks in ((4, 4, 0), (8, 4, 2), None):
         for out, expected in (
             (gemv(x, weight, blocks=blocks), x @ weight.T),
             (gemv(x, weight, norm=norm, bias=bias, blocks=blocks), a @ weight.T + bias),

@@ -93,6 +93,10 @@ def on_device(x: Tensor) -> torch.cuda.device | torch.no_grad:
     return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()
 
 
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def overlaps(x: Tensor) -> dict[str, Any]:
     """Launch options of a kernel that may start before the one in front of it has finished.
 

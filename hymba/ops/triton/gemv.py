@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import overlaps, release_next, wait_for_previous
+from ._common import multiprocessors, overlaps, release_next, wait_for_previous
 
 PLAIN, NORM, MERGE, CONV = 0, 1, 2, 3
 
@@ -26,22 +26,30 @@ def _silu(x):
 
 
 @triton.jit
+def _weights(weight_ptr, block, N, K, BN: tl.constexpr, BK: tl.constexpr):
+    """(BN, BK): the weights of one block of output features, zeros outside."""
+    n = block * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    at = weight_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
 def _gemv_kernel(
     x_ptr, x2_ptr, norm_ptr, norm2_ptr, window_ptr, conv_bias_ptr, weight_ptr, weight2_ptr, bias_ptr, out_ptr,
     N, K, eps,
     BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, GATED: tl.constexpr,
-    RELU2: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, OVERLAPS: tl.constexpr,
+    RELU2: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, STREAM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """BN output features; BK is at least K."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Every program takes one block of BN output features after the other; BK is at least K."""
+    block = tl.program_id(0)
+    programs = tl.num_programs(0)
     k = tl.arange(0, BK)
-    inside = n < N
     here = k < K
-    tile = n.to(tl.int64)[:, None] * K + k[None, :]
-    mask = inside[:, None] & here[None, :]
-    weight = tl.load(weight_ptr + tile, mask=mask, other=0.0)
+    weight = _weights(weight_ptr, block, N, K, BN, BK)
     if GATED:
-        weight2 = tl.load(weight2_ptr + tile, mask=mask, other=0.0)
+        weight2 = _weights(weight2_ptr, block, N, K, BN, BK)
     if KIND == 1 or KIND == 2:
         norm = tl.load(norm_ptr + k, mask=here, other=0.0).to(tl.float32)
     if KIND == 2:
@@ -57,51 +65,56 @@ def _gemv_kernel(
         wait_for_previous()
         release_next()
     x = tl.load(x_ptr + k, mask=here, other=0.0).to(tl.float32)
-    if KIND == 1 or KIND == 2:
-        square = tl.sum(x * x, axis=0)
+    scale = 1.0
+    if KIND == 1:
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
         x = x * norm
     if KIND == 2:
-        x = x * (0.5 * tl.rsqrt(square / K + eps))
-    if OVERLAPS and EARLY and KIND == 2:
-        wait_for_previous()
-        release_next()
-    if KIND == 2:
+        x = x * norm * (0.5 * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps))
+        if OVERLAPS and EARLY:
+            wait_for_previous()
+            release_next()
         other = tl.load(x2_ptr + k, mask=here, other=0.0).to(tl.float32)
-        square = tl.sum(other * other, axis=0)
-        other = other * norm2
+        x += other * norm2 * (0.5 * tl.rsqrt(tl.sum(other * other, axis=0) / K + eps))
     if KIND == 3:
         x = tl.where(here, _silu(total + x * norm), 0.0)
-    y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
-    if KIND == 1:
-        y = y * tl.rsqrt(square / K + eps)
-    if KIND == 2:
-        y += tl.sum(weight.to(tl.float32) * other[None, :], axis=1) * (0.5 * tl.rsqrt(square / K + eps))
-    if BIAS:
-        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.sum(weight2.to(tl.float32) * x[None, :], axis=1)
-        if KIND == 1:
-            up = up * tl.rsqrt(square / K + eps)
-        y = _silu(y) * up
-    if RELU2:
-        y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
-    if OVERLAPS and EARLY and KIND != 2:
-        # Not before this: the memory of the output may still be in use.
-        wait_for_previous()
-        release_next()
-    if ADD:
-        y += tl.load(out_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+    waits = OVERLAPS and EARLY and KIND != 2
+    for start in range(block, tl.cdiv(N, BN), programs):
+        # The next block's weights are on their way while this one is worked on.
+        if STREAM:
+            weight_next = _weights(weight_ptr, start + programs, N, K, BN, BK)
+            if GATED:
+                weight2_next = _weights(weight2_ptr, start + programs, N, K, BN, BK)
+        n = start * BN + tl.arange(0, BN)
+        inside = n < N
+        y = tl.sum(weight.to(tl.float32) * x[None, :], axis=1) * scale
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            y = _silu(y) * tl.sum(weight2.to(tl.float32) * x[None, :], axis=1) * scale
+        if RELU2:
+            y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
+        if waits:
+            # Not before this: the memory of the output may still be in use.
+            wait_for_previous()
+            release_next()
+        if ADD:
+            y += tl.load(out_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+        if STREAM:
+            weight = weight_next
+            if GATED:
+                weight2 = weight2_next
 
 
-def _blocks(features: int, depth: int, gated: bool) -> tuple[int, int]:
-    """Output features per program, and warps: about 16 KB of weights a program."""
+def _blocks(features: int, depth: int, gated: bool) -> tuple[int, int, int]:
+    """Output features of a block, warps, and programs per multiprocessor (0: one block each)."""
     if features <= 256:
-        return 1, 8
+        return 1, 8, 0
     wide = triton.next_power_of_2(depth)
     if wide >= 4096:
-        return (2, 8) if wide >= 8192 else (4, 8)
-    return (2 if gated else 4), 4
+        return (2, 8, 0) if wide >= 8192 else (4, 8, 0)
+    return (2 if gated else 4), 4, 0
 
 
 def gemv(
@@ -118,7 +131,7 @@ def gemv(
     add_to: Tensor | None = None,
     out: Tensor | None = None,
     early: bool = False,
-    blocks: tuple[int, int] | None = None,
+    blocks: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """`f(x) W^T` for one row, with what surrounds it in the block.
 
@@ -134,7 +147,7 @@ def gemv(
         add_to: (1, n): the result is added to it in place.
         out: (1, n) to write to, of any dtype; by default new, in `x.dtype`.
         early: x (the first branch of a merge) was not written by the kernel launched just before this one.
-        blocks: output features per program, and warps.
+        blocks: output features of a block, warps, and programs per multiprocessor (0: a program for each block).
 
     Returns:
         (1, n): `add_to` or `out` when given.
@@ -152,13 +165,15 @@ def gemv(
     if conv is not None:
         norm, conv_bias, window = conv
     first, second = (weight, weight) if gate is None else (gate, weight)
-    bn, warps = blocks or _blocks(features, depth, gate is not None)
+    bn, warps, resident = blocks or _blocks(features, depth, gate is not None)
     programs = triton.cdiv(features, bn)
+    if resident:
+        programs = min(programs, resident * (multiprocessors(x.device) if x.is_cuda else 1))
     flags = overlaps(x)
     _gemv_kernel[(programs,)](
         x, x2, x if norm is None else norm, norm2, window, conv_bias, first, second, x if bias is None else bias, out,
         features, depth, eps, BN=bn, BK=triton.next_power_of_2(depth), KIND=kind,
         TAPS=0 if conv is None else conv[0].shape[1], GATED=gate is not None, RELU2=relu2, ADD=add_to is not None,
-        BIAS=bias is not None, EARLY=early, num_warps=warps, **flags,
+        BIAS=bias is not None, EARLY=early, STREAM=resident > 0, num_warps=warps, **flags,
     )  # fmt: skip
     return out

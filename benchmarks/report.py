@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-_FACTS = "model op case backend variant blocks work kind way mode setting activation loss policy static compile batch length chunk".split()
+_FACTS = (
+    "model op case backend variant blocks work kind way mode setting activation loss policy static compile "
+    "batch length chunk"
+).split()
 """What was measured, in the order of the table's columns."""
 
 

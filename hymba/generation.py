@@ -11,14 +11,23 @@ from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
 from hymba.cache import HymbaCache, as_hymba_cache
+from hymba.cost import DTYPE_BYTES
 from hymba.decode_loop import run_loop
 from hymba.inputs import InputError, check_ids, check_mask
+from hymba.memory import MemoryBytes, check_fits, generation_bytes
 
 _FINISHED = "finished_rows"
 # Tokens that one call of a prefill takes in at most: longer prompts are cut, so that activations stay bounded (about
 # 0.3 MB a token at 1.5B). Rows of a large batch get at least the second number.
 _PREFILL_TOKENS = 32768
 _LEAST_CHUNK = 1024
+
+
+def _prefill_chunk(rows: int, length: int, asked: int | None) -> int | None:
+    """Tokens of a row that a prefill takes in at a time: what is asked for, or few enough; `None` for all at once."""
+    if asked is not None or rows * length <= _PREFILL_TOKENS:
+        return asked
+    return max(_LEAST_CHUNK, _PREFILL_TOKENS // rows)
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -50,6 +59,7 @@ class HymbaGenerationMixin(GenerationMixin):
 
         Raises:
             InputError: ids out of range, zero tokens, a bad mask, right padding, a mask that contradicts the cache.
+            hymba.memory.MemoryEstimateError: more than will fit on the GPU.
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
@@ -113,8 +123,35 @@ class HymbaGenerationMixin(GenerationMixin):
         length = None
         if kind == "static":
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        room = max_cache_length if length is None else length
+        self._check_memory(generation_config, model_kwargs, batch_size, room, static=length is not None)
         model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=length)
         return None
+
+    def _check_memory(
+        self, settings: Any, model_kwargs: dict[str, Any], rows: int, length: int, *, static: bool
+    ) -> None:
+        """Refuse what will not fit, while nothing of it is allocated."""
+        known = str(self.dtype).removeprefix("torch.") in DTYPE_BYTES
+        if not known or len({p.device for p in self.parameters()}) > 1:
+            return
+        mask = model_kwargs.get("attention_mask")
+        prompt = length if mask is None else int(mask.shape[1])
+        whole = model_kwargs.get("inputs_embeds") is not None
+
+        def need(batch: int, total: int) -> MemoryBytes:
+            taken = min(prompt, total)
+            return generation_bytes(
+                self.config,
+                batch=batch,
+                prompt=taken,
+                length=total,
+                dtype=self.dtype,
+                static=static,
+                chunk=None if whole else _prefill_chunk(batch, taken, settings.prefill_chunk_size),
+            )
+
+        check_fits("generation", need, batch=rows, length=length, device=self.device, held=need(1, 1).weights)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -136,10 +173,9 @@ class HymbaGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         rows, length = input_ids.shape
-        long = rows * length > _PREFILL_TOKENS and model_kwargs.get("inputs_embeds") is None
-        if long and generation_config.prefill_chunk_size is None and model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get("inputs_embeds") is None and model_kwargs.get("past_key_values") is not None:
             generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = max(_LEAST_CHUNK, _PREFILL_TOKENS // rows)
+            generation_config.prefill_chunk_size = _prefill_chunk(rows, length, generation_config.prefill_chunk_size)
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _sample(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import build, some_ids
 from test_cost import RELEASE
+from typer.testing import CliRunner
 
-from hymba import cost, memory
+from hymba import HymbaCache, cost, memory
 from hymba.commands import models
 from hymba.commands.errors import UsageError
 from hymba.memory import MemoryEstimateError, check_fits, generation_bytes, training_bytes
@@ -144,11 +145,36 @@ def test_a_cpu_says_nothing() -> None:
     assert memory.free_bytes("cpu") is None
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_generate_refuses_before_it_allocates(free: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = build(dtype=torch.float32)
+    ids = some_ids(4, 9)
+    expected = model.generate(ids, max_new_tokens=3, cache_implementation=kind, do_sample=False)
+    free(1 << 40)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, cache_implementation=kind, do_sample=False), expected)
+    begun = []
+    monkeypatch.setattr(HymbaCache, "begin", lambda *_: begun.append(1))
+    need = generation_bytes(model.config, batch=4, prompt=9, length=11, dtype=torch.float32, static=kind == "static")
+    free(need.total - need.weights - 1)
+    with pytest.raises(MemoryEstimateError, match=r"generation of 4 rows of 11 tokens .* would fit: 3 of 4 rows"):
+        model.generate(ids, max_new_tokens=3, cache_implementation=kind, do_sample=False)
+    assert not begun
+
+
 def test_weights_that_do_not_fit_are_not_read(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free(1000)
     monkeypatch.setattr("hymba.model.HymbaForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(MemoryEstimateError, match=r"the weights need .* GiB in float32 and cpu has 0.0 GiB free; --dt"):
         models.load(models.locate(None), dtype="float32", device="cpu")
+
+
+def test_the_command_ends_with_one_line(free: Any) -> None:
+    from hymba.cli import app
+
+    free(10_000_000)
+    result = CliRunner().invoke(app, ["generate", "def ", "--max-new-tokens", "100000"])
+    assert result.exit_code == 2
+    assert "generation of 1 rows of 100," in result.output and "Traceback" not in result.output
 
 
 def test_training_refuses_before_it_writes(free: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

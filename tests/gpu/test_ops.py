@@ -13,9 +13,9 @@ from gpu.on_gpu import needs_gpu
 from helpers import relative
 from ops.op_cases import conv_case, row_options, scan_case, with_gradients, worst
 
-from hymba.nn import Span
 from hymba.ops import available, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from hymba.ops.attention import attention, attention_ref
+from hymba.ops.masks import Visibility
 
 pytestmark = needs_gpu
 

@@ -13,6 +13,10 @@ from hymba.nn.state import LayerState, Span
 from hymba.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from hymba.ops.recompute import note
 from hymba.ops.selective_scan import selective_scan, selective_state_update
+from hymba.ops.split_norm import MULTIPLE, split_rms_norm, takes_kernel
+
+_MANY = 1024
+"""Tokens from which a product is worth two copies of a small weight."""
 
 
 class CausalConv(nn.Module):
@@ -135,6 +139,10 @@ class MambaHeads(nn.Module):
 
     def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size before softplus and bias (b, l, d_inner), B and C (b, l, d_state)."""
+        norms = (self.dt_norm, self.B_norm, self.C_norm)
+        plain = is_plain(self.x_proj, nn.Linear) and is_plain(self.dt_proj, nn.Linear)
+        if plain and takes_kernel(u) and all(is_plain(norm, RMSNorm) for norm in norms):
+            return self._normed_scan_inputs(u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         narrow = self.dt_norm(dt)
         dt = self.dt_proj(narrow)
@@ -142,6 +150,20 @@ class MambaHeads(nn.Module):
             # Thirty times as wide as what it is made from.
             note(dt, F.linear, narrow, self.dt_proj.weight)
         return dt, self.B_norm(B), self.C_norm(C)
+
+    def _normed_scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_scan_inputs` with one kernel for the three norms."""
+        x_weight, dt_weight, width = self.x_proj.weight, self.dt_proj.weight, self.dt_rank
+        if u.shape[0] * u.shape[1] >= _MANY:
+            # Long products with widths that are not multiples of eight run at a third of the speed.
+            x_weight = F.pad(x_weight, (0, 0, 0, -x_weight.shape[0] % MULTIPLE))
+            width += -width % MULTIPLE
+            dt_weight = F.pad(dt_weight, (0, width - self.dt_rank))
+        parts = F.linear(u, x_weight)
+        weights = self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight
+        narrow, B, C = split_rms_norm(parts, *weights, self.dt_norm.eps, width=width)
+        dt = F.linear(narrow, dt_weight)
+        return note(dt, F.linear, narrow, dt_weight), B, C
 
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, d_conv={self.d_conv}, dt_rank={self.dt_rank}"

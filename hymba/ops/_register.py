@@ -61,15 +61,15 @@ def differentiable(
         op = torch.library.custom_op(f"hymba::{name}", function, mutates_args=())
         op.register_fake(fake)
         op.register_autograd(backward, setup_context=setup)
-        direct: Any = type(
-            name,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(function),
-                "setup_context": staticmethod(setup),
-                "backward": staticmethod(once_differentiable(backward)),
-            },
-        )
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            # With a separate setup_context, autograd would bind the arguments by name at every call.
+            output = function(*args)
+            setup(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        direct: Any = type(name, (torch.autograd.Function,), methods)
 
         def call(*args: Any) -> Any:
             if _intercepted(args):

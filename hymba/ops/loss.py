@@ -56,7 +56,7 @@ def linear_cross_entropy(
     check_shape("targets", targets, (hidden.shape[0],))
     kind = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+    if not hidden.is_meta and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     choice = _backend.resolve(OP, backend, _backend.Call(hidden, weight))
     grad = torch.is_grad_enabled()
@@ -99,10 +99,14 @@ def _loss(
     """The sum and, where wanted, its gradients (else empty)."""
     (n, d), v = hidden.shape, weight.shape[0]
     compute = torch.promote_types(dtype, torch.float32)
+    # Products over an odd vocabulary take a third of the time when it is padded; logits of zero rows are zero.
+    padded = -(-v // 8) * 8 if hidden.is_cuda else v
     h, w = hidden.to(dtype), weight.to(dtype)
+    if padded > v:
+        w = F.pad(w, (0, 0, 0, padded - v))
     total = hidden.new_zeros((), dtype=compute)
     dhidden = hidden.new_empty((n, d) if hidden_gradient else 0)
-    dweight = hidden.new_zeros((v, d), dtype=compute) if weight_gradient else None
+    dweight = hidden.new_zeros((padded, d), dtype=compute) if weight_gradient else None
     need = hidden_gradient or weight_gradient
     rows = max(1, min(n, _AT_ONCE.get(hidden.device.type, _AT_ONCE_ELSEWHERE) // v))
     # Rows that start at whole vectors: v itself may be odd.
@@ -110,15 +114,16 @@ def _loss(
     with no_autocast(hidden):
         for first in range(0, n, rows):
             block = slice(first, min(first + rows, n))
-            logits = buffer[: block.stop - first, :v]
+            logits = buffer[: block.stop - first, :padded]
             torch.mm(h[block], w.t(), out=logits)
-            losses, dlogits = _rows(logits, targets[block], ignore_index, need, kernel, forced)
+            # In place: the logits become their gradients.
+            losses = _rows(logits[:, :v], targets[block], ignore_index, need, kernel, forced)
             total += losses.sum()
             if hidden_gradient:
-                dhidden[block] = dlogits @ w
+                dhidden[block] = logits @ w
             if dweight is not None:
-                _add_product(dweight, dlogits, h[block])
-    return total, dhidden, hidden.new_empty(0) if dweight is None else dweight.to(weight.dtype)
+                _add_product(dweight, logits, h[block])
+    return total, dhidden, hidden.new_empty(0) if dweight is None else dweight[:v].to(weight.dtype)
 
 
 def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
@@ -129,15 +134,13 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         total += dlogits.t() @ hidden
 
 
-def _rows(
-    logits: Tensor, targets: Tensor, ignore_index: int, need: bool, kernel: str, forced: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses (n,) of a block of rows, and the gradients of its logits, which may overwrite them."""
+def _rows(logits: Tensor, targets: Tensor, ignore_index: int, need: bool, kernel: str, forced: bool) -> Tensor:
+    """Losses (n,) of a block of rows, whose logits become their gradients where these are needed."""
     if _backend.wants_kernel(OP, kernel, forced):
         try:
             from .triton import loss
 
-            return loss.rows(logits, targets, ignore_index, need), logits
+            return loss.rows(logits, targets, ignore_index, need)
         except Exception as error:
             _backend.kernel_failed(OP, kernel, error, was_forced=forced)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -149,4 +152,4 @@ def _rows(
             1, torch.where(real, targets[:, None], 0), -torch.ones_like(targets, dtype=log_p.dtype)[:, None]
         )
         logits.copy_(gradient * real)
-    return losses, logits
+    return losses

@@ -100,7 +100,7 @@ def note(output: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
             backward anyway, or be smaller than what is saved.
     """
     scope = _scope()
-    plain = type(output) is Tensor and output.requires_grad and output.is_contiguous()
+    plain = type(output) is Tensor and not output.is_meta and output.requires_grad and output.is_contiguous()
     if scope is not None and plain and output.shape[-1] >= _NARROW and output.numel():
         scope.note(output, function, args)
     return output

@@ -22,6 +22,7 @@ from hymba.ops.gate import relu2, swiglu
 from hymba.ops.loss import linear_cross_entropy, linear_cross_entropy_ref
 from hymba.ops.norm import add_rms_norm, mean_rms_norm, rms_norm
 from hymba.ops.rope import apply_rope
+from hymba.ops.split_norm import split_rms_norm
 
 FLOAT32 = 1e-6
 BFLOAT16 = 1e-2
@@ -102,6 +103,14 @@ def test_mean_of_norms(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize(("spare", "width"), [(0, None), (3, 8), (0, 16)])
+@pytest.mark.parametrize("rows", [1, 11])
+def test_norms_of_slices(rows: int, spare: int, width: int | None, dtype: torch.dtype) -> None:
+    inputs = {"x": part(dtype, 2, rows, 12 + spare), "a": torch.rand(5), "b": torch.rand(4), "c": torch.rand(3)}
+    compare(lambda x, a, b, c, **k: split_rms_norm(x, a, b, c, 1e-3, width=width, **k), inputs, dtype)
+
+
+@DTYPES
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 33)])
 def test_products_of_the_mlp(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     compare(swiglu, {"gate": 4 * part(dtype, *shape), "up": part(dtype, *shape)}, dtype)
@@ -139,6 +148,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "norm": lambda x, y, w: rms_norm(x, w, 1e-6),
     "add": lambda x, y, w: add_rms_norm(x, y, w, 1e-6),
     "mean": lambda x, y, w: mean_rms_norm(x, y, w, w, 1e-6),
+    "split": lambda x, y, w: split_rms_norm(x, w[:2], w[2:5], w[5:6], 1e-6, width=4),
     "swiglu": lambda x, y, w: swiglu(x, y),
     "relu2": lambda x, y, w: relu2(x),
     "rope": lambda x, y, w: apply_rope(x.unflatten(-1, (2, 4))[None], y[None, :, :2], y[None, :, 2:4]),
@@ -150,7 +160,7 @@ OPS: dict[str, Callable[..., Any]] = {
 def test_kernels_compile_into_one_op(name: str) -> None:
     op = OPS[name]
     inputs = {"x": torch.randn(3, 8), "y": torch.randn(3, 8), "w": torch.rand(8)}
-    used = {"swiglu": "xy", "relu2": "x", "rope": "x", "loss": "xy", "norm": "xw"}.get(name, "xyw")
+    used = {"swiglu": "xy", "relu2": "x", "rope": "x", "loss": "xy", "norm": "xw", "split": "xw"}.get(name, "xyw")
     leaves = {k: v for k, v in inputs.items() if k in used}
     call = lambda *a: op(**(inputs | dict(zip(leaves, a, strict=True))))  # noqa: E731
     with use_backend("triton"):
@@ -188,10 +198,11 @@ def test_a_kernel_that_fails_hands_over_once_with_a_warning(monkeypatch: pytest.
     assert worst(got, want) < FLOAT32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_through_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
+def test_a_model_through_the_kernels(dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Close to PyTorch's numbers, and the same to the bit whatever is made again in backward."""
     monkeypatch.setattr("hymba.ops.recompute._NARROW", 1)
+    monkeypatch.setattr("hymba.nn.mamba._MANY", 1 if padded else 1000)
     model = build(dtype=dtype, num_hidden_layers=2, kv_reuse_group=[[0, 1]], global_attn_idx=[]).train()
     ids = some_ids(2, 7)
     found = []

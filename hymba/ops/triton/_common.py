@@ -9,6 +9,7 @@ channels and no more. Time strides and d are compile-time constants: rows then d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -88,9 +89,12 @@ def or_dummy(v: Tensor | None, like: Tensor) -> Tensor:
     return like if v is None else v
 
 
-def on_device(x: Tensor) -> torch.cuda.device | torch.no_grad:
+_HERE = contextlib.nullcontext()
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Launches go to x's device, whatever the current one is."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _HERE
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -110,6 +114,8 @@ def overlaps(x: Tensor) -> dict[str, Any]:
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """x (..., w) and the stride of its rows: itself when rows are dense and equally far apart, else a copy that is."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         return x.contiguous(), x.shape[-1]
     far = expected = 0

@@ -6,6 +6,7 @@ of the programs are added in a fixed order.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def _mean_backward_kernel(
     tl.store(dw + (tl.num_programs(0) + pid) * W + col, tl.sum(acc_b, 0), mask=col < W)
 
 
+@functools.cache
 def _shape(width: int) -> dict[str, int]:
     """Tile and warps: about 16 numbers of a row per thread."""
     block = triton.next_power_of_2(width)

@@ -303,7 +303,7 @@ class HymbaModel(HymbaPreTrainedModel):
             if position_ids is not None and position_ids.device.type == "cpu":
                 self._check_positions(position_ids, span, compaction)
             return span
-        span = Span.following(length, lengths=lengths, offset=meta, device=device)
+        span = Span.following(length, lengths=lengths, offset=meta, last=True, device=device)
         packed = documents(
             rows=rows,
             length=length,

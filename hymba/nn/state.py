@@ -36,6 +36,7 @@ class Span:
         seq_idx: (b or 1, length) document numbers of packed rows, or `None`.
         offset: meta tokens before the text; rotary positions are `positions + offset`.
         in_prefix: the tokens are the meta tokens themselves, which every later token sees.
+        last: no call follows this one, so that nothing needs to keep its keys and values.
         uniform: no row has had padding so far, so that `start == columns` for all.
     """
 
@@ -47,6 +48,7 @@ class Span:
     seq_idx: Tensor | None = None
     offset: int = 0
     in_prefix: bool = False
+    last: bool = False
     uniform: bool = True
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -61,6 +63,7 @@ class Span:
         offset: int = 0,
         uniform: bool = True,
         in_prefix: bool = False,
+        last: bool = False,
         device: torch.device | str | None = None,
     ) -> Span:
         """The span of `length` tokens that follow `start` earlier ones (`columns` for the host)."""
@@ -76,6 +79,7 @@ class Span:
             offset=offset,
             uniform=uniform and lengths is None,
             in_prefix=in_prefix,
+            last=last,
         )
 
     @property
@@ -244,7 +248,9 @@ class KVState:
         if not self.in_place and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         if not span.columns:
-            if self.in_place or not span.uniform or self.slots_for(total) != length:
+            if span.last:
+                pass
+            elif self.in_place or not span.uniform or self.slots_for(total) != length:
                 self.allocate(rows, total, k, v)
                 self._write(k, v, span)
             else:

@@ -140,16 +140,18 @@ def tiles(table: str, tile: tuple[int | None, ...]) -> Iterator[None]:
     from hymba.ops.triton import attention_backward
 
     tables = {
-        "forward": kernels.TILES,
-        "queries": attention_backward.QUERY_TILES,
-        "keys": attention_backward.KEY_TILES,
+        "forward": [kernels.TILES, kernels.GLOBAL_TILES],
+        "queries": [attention_backward.QUERY_TILES],
+        "keys": [attention_backward.KEY_TILES],
     }[table]
-    before = dict(tables)
-    tables.update(dict.fromkeys(tables, kernels.Tile(*tile)))  # type: ignore[arg-type]
+    before = [dict(t) for t in tables]
+    for t in tables:
+        t.update(dict.fromkeys(t, kernels.Tile(*tile)))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        tables.update(before)
+        for t, old in zip(tables, before, strict=True):
+            t.update(old)
 
 
 SWEEP: list[tuple[str, tuple[int | None, ...]]] = [

@@ -36,7 +36,7 @@ Inputs = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = kernels.Tile(16, 16, 4, 2)
-    for table in (kernels.TILES, attention_backward.QUERY_TILES, attention_backward.KEY_TILES):
+    for table in (kernels.TILES, kernels.GLOBAL_TILES, attention_backward.QUERY_TILES, attention_backward.KEY_TILES):
         for key in table:
             monkeypatch.setitem(table, key, tile)
     monkeypatch.setattr(attention_backward, "PREFIX_ROWS", 48)

@@ -58,6 +58,8 @@ TILES: dict[tuple[int, int], Tile] = {
     (4, 128): Tile(32, 32, 4, 2),
     (4, 256): Tile(16, 32, 4, 2),
 }
+# Without a window, programs are long and their boundary blocks few.
+GLOBAL_TILES = TILES | {(2, 128): Tile(128, 64, 4, 3)}
 
 
 @functools.cache
@@ -280,7 +282,8 @@ def forward(s: Sources, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """
     s = heads_contiguous(s)
     (b, l, h, d), heads, e = s.q.shape, s.k.shape[2], s.v.shape[3]
-    tile = tile or tile_for(TILES, s, rows_stay=True)
+    table = GLOBAL_TILES if s.window is None and s.low is None else TILES
+    tile = tile or tile_for(table, s, rows_stay=True)
     out = torch.empty(b, l, h * e, dtype=s.v.dtype, device=s.q.device)
     lse = torch.empty(b, heads, padded_rows(l * (h // heads)), dtype=torch.float32, device=s.q.device)
     pk, pv, prefix = prefix_of(s)

@@ -67,7 +67,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
     if device.type != "cuda":
         return 1 << 30
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # pragma: gpu
+    index = torch.cuda.current_device() if device.index is None else device.index  # pragma: gpu
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]  # pragma: gpu
 
 
 def tile_for(table: dict[tuple[int, int], Tile], s: Sources, *, rows_stay: bool) -> Tile:

@@ -31,9 +31,9 @@ TOLERANCE = 2e-2
 """||got - want|| / ||want|| in bfloat16."""
 
 ATTENTION = {
-    1: [*itertools.product((32, 64, 128), (4,), (2,), (8, 16)), (128, 8, 2, 8), (128, 8, 2, 16)],
-    32: list(itertools.product((64, 128), (4, 8), (2, 3), (4,))),
-    128: list(itertools.product((64, 128), (4, 8), (2, 3), (2,))),
+    1: [*itertools.product((64, 128), (4,), (2,), (8, 16)), (128, 8, 2, 16)],
+    32: list(itertools.product((64, 128), (4, 8), (2,), (4, 16))),
+    128: list(itertools.product((64, 128), (4, 8), (2,), (2, 4))),
 }
 """Keys at a time, warps, stages, most stretches."""
 STATES = [(16, 32, 8), (16, 32, 4), (16, 16, 4), (8, 32, 4), (16, 64, 8)]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ._common import overlaps, release_next, wait_for_previous
 
-TILES = {1: (64, 4, 2, 16), 4: (64, 4, 3, 16), None: (64, 4, 3, 16)}
-"""Keys at a time, warps, pipeline stages and the most stretches of a row, by rows up to which they serve."""
+TILES = (128, 4, 2, 16)
+"""Keys at a time, warps, pipeline stages and the most stretches of a row (twice as many from 32,768 keys on)."""
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _decode_kernel(
 def splits_for(rows: int, heads: int, keys: int, programs: int, block: int, most: int) -> int:
     """Stretches per row and key head, so that at least about `programs` programs run."""
     wanted = -(-programs // (rows * heads))
-    return max(1, min(wanted, -(-keys // block), most if keys <= 4096 else 2 * most))
+    return max(1, min(wanted, -(-keys // block), most if keys < 32768 else 2 * most))
 
 
 def decode_attention(
@@ -231,7 +231,7 @@ def decode_attention(
     prefix = 0 if prefix_k is None else prefix_k.shape[1]
     if prefix_k is None or prefix_v is None:
         prefix_k, prefix_v = keys[:, :0], values[:, :0]
-    block, warps, stages, most = tiles or next(t for up_to, t in TILES.items() if up_to is None or rows <= up_to)
+    block, warps, stages, most = tiles or TILES
     if splits is None:
         programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
         splits = splits_for(rows, heads, prefix + slots, programs, block, most)

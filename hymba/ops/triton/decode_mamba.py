@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._common import overlaps, release_next, wait_for_previous
 
-MANY = (16, 32, 8)
+MANY = (8, 32, 4)
 """Rows and channels of one program, and its warps, when there is more than one row."""
 
 

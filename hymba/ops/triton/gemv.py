@@ -113,8 +113,8 @@ def _blocks(features: int, depth: int, gated: bool) -> tuple[int, int, int]:
         return 1, 8, 0
     wide = triton.next_power_of_2(depth)
     if wide >= 4096:
-        return (2, 8, 0) if wide >= 8192 else (4, 8, 0)
-    return (2 if gated else 4), 4, 0
+        return (2, 8, 2) if wide >= 8192 else (2, 8, 3)
+    return (2, 4, 4) if gated else (4, 4, 5)
 
 
 def gemv(

@@ -88,7 +88,10 @@ class RunSettings:
     device: Literal["auto", "cpu"] = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Of ``HymbaModel.set_activation_checkpointing``: less memory for more work, the same numbers."""
     gradient_checkpointing: bool = False
+    """transformers' name for ``activation_checkpointing: full``."""
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -99,6 +102,11 @@ class RunSettings:
     resume: Literal["auto", "never"] = "auto"
     init_from: str | None = None
     """A checkpoint folder or hub id that the run starts from; ``model`` then overrides its config."""
+
+    @property
+    def checkpointing(self) -> str:
+        """The policy of activation checkpointing."""
+        return "full" if self.gradient_checkpointing else self.activation_checkpointing
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ RECORD_NAME = "training.json"
 # Settings that a resumed run may change, because no loss depends on them; those of `export` are free as well.
 _FREE_ON_RESUME = frozenset(
     "run.output run.threads run.log_every run.save_every run.keep_checkpoints run.evaluate_every run.evaluate_bytes "
-    "run.tensorboard run.resume".split()
+    "run.tensorboard run.resume run.activation_checkpointing run.gradient_checkpointing".split()
 )
 
 
@@ -198,12 +198,12 @@ def check_device(settings: TrainSettings, model: HymbaForCausalLM) -> None:
             batch=batch,
             length=length,
             compute_dtype=run.precision,
-            checkpointing="full" if run.gradient_checkpointing else "none",
-            fused_loss=model._fused_loss,
+            checkpointing=run.checkpointing,
+            fused_loss=True,
         )
 
     length = settings.data.sequence_length
-    advice = "" if run.gradient_checkpointing else "run.gradient_checkpointing=true takes less"
+    advice = "" if run.checkpointing == "full" else "run.activation_checkpointing=full takes less"
     check_fits("a training step", need, batch=run.batch_size, length=length, device=device, advice=advice)
 
 

@@ -84,8 +84,9 @@ class HymbaTrainer(Trainer):
         self.settings, self.output = settings, output
         self.meter = Meter()
         self._pending: list[Tensor] = []
-        if settings.run.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        model.set_activation_checkpointing(settings.run.checkpointing)
+        # The logits of a batch are most of a step's peak, and nothing here reads them.
+        model.use_fused_loss(settings.run.device != "cpu" and torch.cuda.is_available())
         super().__init__(
             model=model,
             args=training_arguments(settings, output),

@@ -351,8 +351,9 @@ def test_the_script_prints_the_exported_figure_and_the_n_gram(whole, monkeypatch
     assert "no training record" in out.err
 
 
-def test_gradient_checkpointing_changes_no_number(whole, config, tmp_path):
-    result = main(config, [f"run.output={tmp_path}", "run.gradient_checkpointing=true", "export.evaluate=false"])
+@pytest.mark.parametrize("option", ["gradient_checkpointing=true", "activation_checkpointing=selective"])
+def test_checkpointing_changes_no_number(whole, config, tmp_path, option):
+    result = main(config, [f"run.output={tmp_path}", f"run.{option}", "export.evaluate=false"])
     for one, other in zip(losses(result.output), losses(whole.output), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 

@@ -18,7 +18,7 @@ from hymba.memory import MemoryBytes, check_fits, generation_bytes
 
 _FINISHED = "finished_rows"
 # Tokens that one call of a prefill takes in at most: longer prompts are cut, so that activations stay bounded (about
-# 0.3 MB a token at 1.5B). Rows of a large batch get at least the second number.
+# 60 kB a token at 1.5B). Rows of a large batch get at least the second number.
 _PREFILL_TOKENS = 32768
 _LEAST_CHUNK = 1024
 

@@ -365,7 +365,8 @@ class HymbaModel(HymbaPreTrainedModel):
         want_weights = self.config.output_attentions if output_attentions is None else output_attentions
         hidden: list[Tensor] | None = [] if want_hidden else None
         weights: list[list[Tensor]] | None = [] if want_weights else None
-        lends = set(self.lenders)
+        # Keys and values go with their last borrower: they are views of a whole projection's output.
+        last = {lender: i for i, lender in enumerate(self.lenders) if lender is not None}
         shared: dict[int, SharedKV] = {}
         # A compiler decides by itself what backward makes again.
         selective = self.selective_checkpointing and self.training and torch.is_grad_enabled()
@@ -384,8 +385,10 @@ class HymbaModel(HymbaPreTrainedModel):
                 first = start(i)
                 with recomputed() if selective else contextlib.nullcontext():
                     x, state, kv = call(x, first, kv=None if lender is None else shared[lender])
-            if i in lends:
+            if i in last:
                 shared[i] = kv
+            elif lender is not None and last[lender] == i:
+                del shared[lender]
             if cache is not None:
                 cache.put(i, state)
             if weights is not None and collected is not None:

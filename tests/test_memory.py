@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,27 @@ def test_activations_are_what_layers_keep() -> None:
     found = (recorded(3, 96) - recorded(2, 96)) - (recorded(3, 32) - recorded(2, 32))
     expected = (counted(3, 96) - counted(2, 96)) - (counted(3, 32) - counted(2, 32))
     assert 0.95 * expected < found < 2.0 * expected
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_shared_keys_and_values_go_with_their_last_borrower(use_cache: bool) -> None:
+    groups = [[0, 1], [2, 3, 4], [5, 6]]
+    model = build(num_hidden_layers=8, global_attn_idx=[], kv_reuse_group=groups)
+    seen: list[weakref.ref[Any]] = []
+    alive = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        # Those of the meta tokens are few and stay.
+        if output[0].shape[1] == 9 and not any(ref() is output[2] for ref in seen):
+            seen.append(weakref.ref(output[2]))
+        alive.append(sum(ref() is not None for ref in seen))
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(note)
+    model(some_ids(2, 9), use_cache=use_cache)
+    # The group's, and for a moment those of the layer before.
+    assert max(alive) <= 2
 
 
 # Refusals.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu.on_gpu import ids_on_gpu, model_on_gpu, needs_gpu, released
 
-from hymba import HymbaCache, HymbaForCausalLM
+from hymba import HymbaCache
 from hymba.memory import check_fits, free_bytes, generation_bytes, training_bytes
 
 pytestmark = needs_gpu
@@ -57,7 +57,7 @@ def test_generation(static: bool) -> None:
 def test_training(way: str, policy: str) -> None:
     before = torch.cuda.memory_allocated()
     dtype = torch.bfloat16 if way == "backward" else torch.float32
-    model = HymbaForCausalLM(released(LAYERS)).to("cuda", dtype).train()
+    model = model_on_gpu(LAYERS, dtype=dtype).train()
     model.set_activation_checkpointing(policy)
     model.use_fused_loss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -212,7 +212,9 @@ def test_training_refuses_before_it_writes(free: Any, monkeypatch: pytest.Monkey
     check_device(settings(device="cpu"), model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with pytest.raises(MemoryEstimateError, match=r"a training step of 4 rows .*run.activation_checkpointing=full takes"):
+    with pytest.raises(
+        MemoryEstimateError, match=r"a training step of 4 rows .*run.activation_checkpointing=full takes"
+    ):
         check_device(settings(), model)
     free(1 << 40)
     check_device(settings(precision="bfloat16"), model)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise
-from on_gpu import needs_gpu
+from gpu.on_gpu import needs_gpu
 
 from hymba import HymbaConfig, HymbaForCausalLM
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import copy_bandwidth, report, spread, times
 from hymba.ops import available, causal_conv1d, selective_scan
@@ -104,22 +105,79 @@ def time_op(op: Callable[..., Any], inputs: dict[str, Tensor], device: str, **op
     leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
     y, _ = op(**leaves, **options)
     dy = torch.randn_like(y)
-    backward = measure(lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True), device)
-    return {"forward": forward, "backward": backward}
+
+    def run_backward() -> Any:
+        return torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
+
+    out: dict[str, Any] = {"forward": forward, "backward": measure(run_backward, device)}
+    if device == "cuda":
+        with torch.no_grad():
+            out["forward_kernels"] = kernel_times(lambda: op(**inputs, **options))
+        out["backward_kernels"] = kernel_times(run_backward)
+    return out
 
 
-def mamba_ssm_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """mamba-ssm's CUDA scan on (batch, channels, length) inputs, transposed outside the timed region."""
+def kernel_times(run: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
+    """Seconds of device time in every kernel of one run, the longest first, from torch's profiler."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    events = [(e.key, e.self_device_time_total / 1e6 / repeats) for e in profiler.key_averages()]
+    return {name: seconds for name, seconds in sorted(events, key=lambda e: -e[1]) if seconds > 0}
+
+
+def mamba_ssm_scan() -> Callable[..., tuple[Tensor, None]] | None:
+    """mamba-ssm's CUDA scan on (batch, channels, length) inputs, transposed outside the timed region.
+
+    Its compiled extension is enough: the Python package asks for more at import than the scan needs.
+    """
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        import selective_scan_cuda
     except ImportError:
         return None
 
-    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Any:
-        y = selective_scan_fn(x, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True)
-        return y, None
+    class Scan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
+            B, C = B[:, None], C[:, None]
+            out, states, y = selective_scan_cuda.fwd(x, dt, A, B, C, D, z, dt_bias, True)
+            ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, states, out)
+            return y
 
-    return run
+        @staticmethod
+        def backward(ctx, dy):  # type: ignore[no-untyped-def]
+            x, dt, A, B, C, D, z, dt_bias, states, out = ctx.saved_tensors
+            dx, ddt, dA, dB, dC, dD, dbias, dz = selective_scan_cuda.bwd(
+                x, dt, A, B, C, D, z, dt_bias, dy.contiguous(), states, out, None, True, False
+            )
+            return dx, ddt, dA, dB[:, 0], dC[:, 0], dD, dz, dbias
+
+    return lambda **inputs: (Scan.apply(*(inputs[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias"))), None)
+
+
+def channels_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs as mamba-ssm takes them; it takes no initial state."""
+    kept = {k: v for k, v in inputs.items() if k != "initial_state"}
+    return {k: v.mT.contiguous() if v.dim() == 3 else v for k, v in kept.items()}
+
+
+def peer_error(peer: Callable[..., tuple[Tensor, None]], inputs: dict[str, Tensor]) -> float:
+    """Largest relative error of y and its gradients against the reference in float64."""
+    leaves = {k: v.requires_grad_() for k, v in channels_first(inputs).items()}
+    y, _ = peer(**leaves)
+    exact = {k: inputs[k].detach().double().requires_grad_() for k in leaves}
+    want, _ = selective_scan(**exact, backend="reference")
+    dy = torch.randn_like(want)
+    got_grads = torch.autograd.grad(y, list(leaves.values()), dy.mT.to(y))
+    want_grads = torch.autograd.grad(want, list(exact.values()), dy)
+    errors = []
+    for got, expected in zip((y, *got_grads), (want, *want_grads), strict=True):
+        got = (got.mT if got.dim() == 3 else got).double()
+        errors.append(((got - expected).norm() / expected.norm()).item())
+    return max(errors)
 
 
 @contextmanager
@@ -142,14 +200,14 @@ def tiles(**values: Any) -> Iterator[None]:
 
 
 SWEEP: list[dict[str, Any]] = [
-    {},
-    {"scan__T_FWD": 8, "scan__BD_FWD": 64},
-    {"scan__T_FWD": 8, "scan__BD_FWD": 32},
+    {"scan__T_FWD": 4},
+    {"scan__PREFETCH": 0},
+    {"scan__PREFETCH": 2},
+    {"scan_backward__PREFETCH": 0},
+    {"scan_backward__PREFETCH": 2},
     {"scan_backward__MAX_REGISTERS": None},
-    {"scan_backward__MAX_REGISTERS": 128},
-    {"scan_backward__MAX_REGISTERS": 200},
-    {"scan_backward__BD": 32},
-    {"scan_backward__BD": 128},
+    {"scan_backward__STATES_MAX_REGISTERS": 168},
+    {"scan_backward__T_STATES": 8},
     {"conv__U": 4},
     {"conv__BD": 256},
     {"conv__STEPS": 64},
@@ -164,7 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     for name, value in (("batch", 8), ("length", 8192), ("channels", 3200), ("states", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--backends", nargs="*", help="default: every usable one but the reference")
+    parser.add_argument(
+        "--backends", nargs="*", help="default: every usable one but the reference and, on a GPU, torch"
+    )
     parser.add_argument("--sweep", action="store_true", help="also time other tiles and register limits")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -218,23 +278,26 @@ def main(arguments: list[str] | None = None) -> int:
                 floor = moved[row["op"]][way] / facts["copy_bytes_per_second"]
                 line += f"(bytes {1e3 * floor:.2f}) "
         print(f"{line} error {row.get('worst_error', float('nan')):.0e} {row['variant'] or ''}", flush=True)
+        for way in ("forward", "backward"):
+            kernels = [f"{name[:32]} {1e3 * seconds:.3f}" for name, seconds in row.get(f"{way}_kernels", {}).items()]
+            if kernels:
+                print(f"    {way}: {', '.join(kernels[:6])}", flush=True)
 
     for name in cases:
         usable = [r.backend for r in available() if r.op == name and r.usable and r.backend != "reference"]
         if device == "cpu":
             usable = [r for r in usable if r == "torch"]
-        for backend in args.backends or usable:
+        for backend in args.backends or [r for r in usable if device == "cpu" or r != "torch"]:
             if backend in usable:
                 add(name, backend, {})
     if device == "cuda" and (peer := mamba_ssm_scan()) is not None:
-        inputs = scan_case(b, l)
-        del inputs["initial_state"]  # it takes none
-        inputs = {k: v.mT.contiguous() if v.dim() == 3 else v for k, v in inputs.items()}
-        row = {"op": "selective_scan", "backend": "mamba_ssm", "variant": {}} | time_op(peer, inputs, device)
+        error = peer_error(peer, scan_case(2, 304))
+        row = {"op": "selective_scan", "backend": "mamba_ssm", "variant": {}, "worst_error": error}
+        row |= time_op(peer, channels_first(scan_case(b, l)), device)
         print_row(row)
         rows.append(row)
     if args.sweep and device == "cuda":
-        for variant in SWEEP[1:]:
+        for variant in SWEEP:
             with tiles(**variant):
                 add("causal_conv1d" if "conv__" in str(variant) else "selective_scan", "triton", variant)
     if device == "cuda":

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
 from gpu.on_gpu import needs_gpu
+from helpers import randomise
 
 from hymba import HymbaConfig, HymbaForCausalLM
 

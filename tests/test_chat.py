@@ -360,8 +360,8 @@ def test_settings(model: Any, tokenizer: Any) -> None:
 
 def test_meta_tokens_run_once_in_a_conversation(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    prefix = model.model.meta_state
-    monkeypatch.setattr(model.model, "meta_state", lambda *args: runs.append(1) or prefix(*args))
+    run = model.model._run_meta_tokens
+    monkeypatch.setattr(model.model, "_run_meta_tokens", lambda: runs.append(1) or run())
     chat = Conversation(model, tokenizer)
     for question in ("hi", "more", "def"):
         say(chat, question, "x")

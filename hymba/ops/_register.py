@@ -15,14 +15,20 @@ from torch.autograd.function import once_differentiable
 
 from .recompute import note
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _intercepted(args: tuple[Any, ...]) -> bool:
-    """Whether something must see an op where eager code runs a kernel."""
+def _look(args: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether something must see an op where eager code runs a kernel, and whether a gradient is wanted."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
+        return True, False
+    wanted = False
+    for a in args:
+        if isinstance(a, Tensor):
+            if type(a) not in _PLAIN:
+                return True, False
+            wanted = wanted or a.requires_grad
+    return False, wanted and torch.is_grad_enabled()
 
 
 def opaque(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -33,7 +39,7 @@ def opaque(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]]
         op.register_fake(fake)
 
         def call(*args: Any) -> Any:
-            return op(*args) if _intercepted(args) else function(*args)
+            return op(*args) if _look(args)[0] else function(*args)
 
         return call
 
@@ -72,9 +78,10 @@ def differentiable(
         direct: Any = type(name, (torch.autograd.Function,), methods)
 
         def call(*args: Any) -> Any:
-            if _intercepted(args):
+            seen, wanted = _look(args)
+            if seen:
                 return op(*args)
-            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            if wanted:
                 output = direct.apply(*args)
                 return note(output, function, *args) if again else output
             return function(*args)

@@ -64,16 +64,19 @@ def _backward_kernel(
     pid = tl.program_id(0)
     step = tl.num_programs(0) * ROWS
     col = tl.arange(0, BLOCK)[None, :]
-    w = tl.load(weight + col, mask=col < W, other=0.0).to(tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(pid * ROWS, rows, step):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         m = (row < rows) & (col < W)
-        v = tl.load(x + row * sx + col, mask=m, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * sy + col, mask=m, other=0.0).to(tl.float32)
-        d, to_weight = _row_gradient(v, g, w, W, eps)
+        v = tl.load(x + row * sx + col, mask=m, other=0.0)
+        g = tl.load(dy + row * sy + col, mask=m, other=0.0)
+        # All loads before the sums over the row, which wait for them.
+        more = tl.load(dtotal + row * st + col, mask=m & ADD, other=0.0)
+        # From the cache at every row: kept, they would cost programs on a multiprocessor their registers.
+        w = tl.load(weight + col, mask=m, other=0.0).to(tl.float32)
+        d, to_weight = _row_gradient(v.to(tl.float32), g.to(tl.float32), w, W, eps)
         if ADD:
-            d += tl.load(dtotal + row * st + col, mask=m, other=0.0).to(tl.float32)
+            d += more.to(tl.float32)
         acc += to_weight
         tl.store(dx + row * W + col, d.to(dx.dtype.element_ty), mask=m)
     col = tl.arange(0, BLOCK)
@@ -105,20 +108,21 @@ def _mean_backward_kernel(
     pid = tl.program_id(0)
     step = tl.num_programs(0) * ROWS
     col = tl.arange(0, BLOCK)[None, :]
-    xa = tl.load(wa + col, mask=col < W, other=0.0).to(tl.float32)
-    xb = tl.load(wb + col, mask=col < W, other=0.0).to(tl.float32)
     acc_a = tl.zeros([ROWS, BLOCK], tl.float32)
     acc_b = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(pid * ROWS, rows, step):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         m = (row < rows) & (col < W)
         g = tl.load(dy + row * sy + col, mask=m, other=0.0).to(tl.float32) * 0.5
-        v = tl.load(a + row * sa + col, mask=m, other=0.0).to(tl.float32)
-        d, to_weight = _row_gradient(v, g, xa, W, eps)
+        va = tl.load(a + row * sa + col, mask=m, other=0.0)
+        vb = tl.load(b + row * sb + col, mask=m, other=0.0)
+        # Weights from the cache, as above.
+        xa = tl.load(wa + col, mask=m, other=0.0).to(tl.float32)
+        d, to_weight = _row_gradient(va.to(tl.float32), g, xa, W, eps)
         acc_a += to_weight
         tl.store(da + row * W + col, d.to(da.dtype.element_ty), mask=m)
-        v = tl.load(b + row * sb + col, mask=m, other=0.0).to(tl.float32)
-        d, to_weight = _row_gradient(v, g, xb, W, eps)
+        xb = tl.load(wb + col, mask=m, other=0.0).to(tl.float32)
+        d, to_weight = _row_gradient(vb.to(tl.float32), g, xb, W, eps)
         acc_b += to_weight
         tl.store(db + row * W + col, d.to(db.dtype.element_ty), mask=m)
     col = tl.arange(0, BLOCK)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ def why_not_fused(model: HymbaForCausalLM) -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
+def _current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels, streams and graphs go to the tensor's device, whatever the current one is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 class DecodeStep:
     """One decode step over fixed addresses.
 
@@ -87,7 +92,7 @@ class DecodeStep:
 
     def run(self) -> None:
         """Take in `tokens`, leave `logits`, move the cache on by one."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _current(self.tokens):
             if self._fused is not None:
                 self._fused()
             else:
@@ -131,17 +136,18 @@ def capture(
     Args:
         held: further tensors that `advance` writes; they and the cache are left as they were.
     """
-    before = [tensor.clone() for tensor in held]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            with step.untouched():
-                advance()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        advance()
-    for tensor, old in zip(held, before, strict=True):
-        tensor.copy_(old)
-    return graph.replay
+    with _current(step.tokens):
+        before = [tensor.clone() for tensor in held]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                with step.untouched():
+                    advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            advance()
+        for tensor, old in zip(held, before, strict=True):
+            tensor.copy_(old)
+        return graph.replay

@@ -15,7 +15,7 @@ from torch import Tensor
 from hymba.ops import backend as backends
 from hymba.ops._checks import no_autocast
 from hymba.ops.adapters import flash_attention
-from hymba.ops.attention_op import OP, Sources, run_attention
+from hymba.ops.attention_op import OP, Sources, run_attention, run_one_query
 from hymba.ops.masks import Visibility
 
 # Queries per block when the score matrix of all queries would be larger than this many entries per head.
@@ -152,7 +152,9 @@ def attention(
         call = backends.Call(q, v, no_kernel=no_kernel, visibility=visibility, dropout=dropout)
         choice = backends.resolve(OP, backend, call)
         if choice.name == "triton":
-            return run_attention(_sources(q, k, v, visibility, prefix_k, prefix_v), choice.name, choice.forced), None
+            one = q.shape[1] == 1 and visibility.own_keys is None and not torch.is_grad_enabled()
+            run = run_one_query if one else run_attention
+            return run(_sources(q, k, v, visibility, prefix_k, prefix_v), choice.name, choice.forced), None
         if choice.name in flash_attention.GENERATIONS:
             try:
                 keys = (k.to(q.dtype), v, prefix_k, prefix_v)

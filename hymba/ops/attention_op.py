@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backend
 from ._checks import compute_dtype, no_autocast
+from ._register import opaque
 
 OP = "attention"
 # Queries of a block in PyTorch's stead of the kernel.
@@ -62,6 +63,43 @@ def run_attention(sources: Sources, kernel: str, forced: bool) -> Tensor:
     """Output (b, l, h * e) in `v.dtype` by implementation ``kernel``."""
     *tensors, window, own = sources
     return _attention(*tensors, -1 if window is None else window, -1 if own is None else own, kernel, forced)[0]
+
+
+def run_one_query(sources: Sources, kernel: str, forced: bool) -> Tensor:
+    """The same without a derivative for one query per row over slots that hold its key already (own_keys `None`)."""
+    q, k, v, prefix_k, prefix_v, start, _, _, window, _ = sources
+    assert start is not None
+    return _one_query(q, k, v, prefix_k, prefix_v, start, -1 if window is None else window, kernel, forced)
+
+
+def _one_query_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return v.new_empty(q.shape[0], 1, q.shape[2] * v.shape[3])
+
+
+@opaque("attention_of_one_query", _one_query_fake)
+def _one_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    start: Tensor,
+    window: int,
+    kernel: str,
+    forced: bool,
+) -> Tensor:
+    if backend.wants_kernel(OP, kernel, forced):
+        try:
+            from .triton.decode_attention import decode_attention
+
+            count = torch.zeros(q.shape[0] * k.shape[2], dtype=torch.int32, device=q.device)
+            return decode_attention(
+                q.flatten(1), None, None, keys=k, values=v, position=start, cos=None, sin=None,
+                window=None if window == -1 else window, count=count, prefix_k=prefix_k, prefix_v=prefix_v,
+            )[:, None]  # fmt: skip
+        except Exception as error:
+            backend.kernel_failed(OP, kernel, error, was_forced=forced)
+    return forward(_sources(q, k, v, prefix_k, prefix_v, start, None, None, window, -1))[0]
 
 
 def _sources(*arguments: Tensor | int | None) -> Sources:

@@ -144,6 +144,28 @@ def test_one_query_in_a_ring_that_holds_its_key() -> None:
     check(inputs(1, 1, 1, 3) | {"k": k.clone(), "v": v.clone()}, seen)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@torch.no_grad()
+def test_one_query_over_slots_without_gradients(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    b, past, slots = 2, 21, 40 if window is None else 10
+    case = inputs(b, 1, slots, prefix=5)
+    start = torch.tensor([past, past - 3])
+    positions = start[:, None]
+    from hymba.nn.state import slot_positions
+
+    seen = Visibility(positions, slot_positions(start + 1, slots), window, 5, own_keys=None, start=start)
+    want, _ = attention(**case, visibility=seen, implementation="eager")
+    calls = []
+    kernel = op._one_query
+    monkeypatch.setattr(op, "_one_query", lambda *args: calls.append(1) or kernel(*args))
+    low = {name: x.float() for name, x in case.items()}
+    got, _ = attention(**low, visibility=seen, backend="triton")
+    assert calls and (got.double() - want).norm() <= FLOAT32 * want.norm()
+    monkeypatch.setattr("hymba.ops.backend.wants_kernel", lambda *_: False)
+    got, _ = attention(**low, visibility=seen, backend="triton")
+    assert (got.double() - want).norm() <= FLOAT32 * want.norm()
+
+
 def test_the_layout_of_the_keys_is_what_the_positions_say() -> None:
     for window, capacity, past, length in product((None, 6), (None, 60), (2, 30), (1, 4)):
         kv = KVState(window=window, capacity=capacity, in_place=True)

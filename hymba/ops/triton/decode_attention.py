@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import overlaps, release_next, wait_for_previous
+from ._common import or_dummy, overlaps, release_next, wait_for_previous
 
 TILES = (128, 4, 2, 16)
 """Keys at a time, warps, pipeline stages and the most stretches of a row (twice as many from 32,768 keys on)."""
@@ -63,6 +63,7 @@ def attend(
     q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
     PADDED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """One program: row b, key head h, one stretch of the keys."""
     half: tl.constexpr = D // 2
@@ -71,16 +72,19 @@ def attend(
     e = tl.arange(0, E)
     turned = (d + half) % D
     position = tl.load(position_ptr + b * position_b).to(tl.int32)
-    cos = tl.load(cos_ptr + position.to(tl.int64) * half + d % half)
-    sin = tl.load(sin_ptr + position.to(tl.int64) * half + d % half)
-    sin = tl.where(d < half, -sin, sin)
     queries = q_ptr + b * q_b + (h * G + g[:, None]) * D
     mask = g[:, None] < G
     straight = tl.load(queries + d[None, :], mask=mask, other=0.0)
-    q = straight.to(tl.float32) * cos[None, :]
-    q += tl.load(queries + turned[None, :], mask=mask, other=0.0).to(tl.float32) * sin[None, :]
-    # Rounded as the modules do it, before the scale.
-    q = (q.to(straight.dtype).to(tl.float32) * scale).to(straight.dtype)
+    q = straight.to(tl.float32)
+    if ROTATE:
+        cos = tl.load(cos_ptr + position.to(tl.int64) * half + d % half)
+        sin = tl.load(sin_ptr + position.to(tl.int64) * half + d % half)
+        sin = tl.where(d < half, -sin, sin)
+        q = q * cos[None, :]
+        q += tl.load(queries + turned[None, :], mask=mask, other=0.0).to(tl.float32) * sin[None, :]
+        # Rounded as the modules do it, before the scale.
+        q = q.to(straight.dtype).to(tl.float32)
+    q = (q * scale).to(straight.dtype)
     m = tl.full((ROWS,), -1.0e30, tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, E), tl.float32)
@@ -169,7 +173,8 @@ def _decode_kernel(
     out_ptr, part_ptr, lse_ptr, count_ptr, slots, prefix, stretch, window, scale,
     q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    PADDED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr, OVERLAPS: tl.constexpr,
+    PADDED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr, ROTATE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
         wait_for_previous()
@@ -180,7 +185,7 @@ def _decode_kernel(
         out_ptr, part_ptr, lse_ptr, count_ptr, tl.num_programs(1), tl.num_programs(2),
         slots, prefix, stretch, window, scale,
         q_b, new_k_b, new_v_b, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, position_b,
-        G, GROUP, ROWS, D, E, BLOCK, PADDED, WINDOWED, OWN, MASKED,
+        G, GROUP, ROWS, D, E, BLOCK, PADDED, WINDOWED, OWN, MASKED, ROTATE,
     )  # fmt: skip
 
 
@@ -198,8 +203,8 @@ def decode_attention(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: int | None,
     count: Tensor,
     prefix_k: Tensor | None = None,
@@ -215,7 +220,7 @@ def decode_attention(
             (the token's key then stands in its slot already). Rows may be strided. d and e are powers of two from 16.
         keys: (b, s, kv, d), rotated, and values: (b, s, kv, e), written in place.
         position: (b or 1,) text position of the token; its slot is `position % s`.
-        cos, sin: (positions, d / 2) float32 tables by text position.
+        cos, sin: (positions, d / 2) float32 tables by text position; `None` when q is rotated already.
         window: past positions visible; `None` for all.
         count: (b * kv,) int32 zeros, zero again afterwards.
         prefix_k, prefix_v: (b or 1, m, kv, d) and (b or 1, m, kv, e), keys that every query sees.
@@ -249,7 +254,8 @@ def decode_attention(
 
     flags = overlaps(q)
     _decode_kernel[(rows, heads, splits)](
-        q, new_k, new_v, keys, values, prefix_k, prefix_v, cos, sin, position, q if valid is None else valid,
+        q, new_k, new_v, keys, values, prefix_k, prefix_v,
+        or_dummy(cos, q), or_dummy(sin, q), position, or_dummy(valid, q),
         out, part, lse, count, slots, prefix, stretch, window or 0, d**-0.5 * 1.4426950408889634,
         row_stride(q), row_stride(new_k), row_stride(new_v), row_stride(keys), keys.stride(1), keys.stride(2),
         row_stride(values), values.stride(1), values.stride(2),
@@ -258,6 +264,6 @@ def decode_attention(
         G=h // heads, GROUP=triton.next_power_of_2(h // heads), ROWS=max(16, triton.next_power_of_2(h // heads)),
         D=d, E=e, BLOCK=block,
         PADDED=triton.next_power_of_2(splits), WINDOWED=window is not None, OWN=k is not None,
-        MASKED=valid is not None, num_warps=warps, num_stages=stages, **flags,
+        MASKED=valid is not None, ROTATE=cos is not None, num_warps=warps, num_stages=stages, **flags,
     )  # fmt: skip
     return out

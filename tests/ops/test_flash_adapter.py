@@ -31,7 +31,7 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         packages.forget()
 
 
-def case(b: int, l: int, p: int, *, h: int = 6, kv: int = 2, d: int = 16, e: int = 32, shared: bool = True):
+def case(b: int, l: int, p: int, *, h: int = 6, kv: int = 2, d: int = 64, e: int = 128, shared: bool = True):
     rows = 1 if shared else b
     shapes = {"q": (b, l, h, d), "k": (b, l, kv, d), "v": (b, l, kv, e)}
     shapes |= {"prefix_k": (rows, p, kv, d), "prefix_v": (rows, p, kv, e)} if p else {}
@@ -113,7 +113,7 @@ def test_op_registration(flash):
 @pytest.mark.parametrize("flash", BACKENDS, indirect=True)
 def test_equal_widths(flash):
     name, device = flash
-    tensors = case(1, 7, 3, d=16, e=16)
+    tensors = case(1, 7, 3, e=64)
     want = with_gradients(lambda t: expected(t, seen(7, 3, 2)), tensors, torch.float64)
     assert (
         worst(with_gradients(package(name, seen(7, 3, 2).to(device)), tensors, torch.bfloat16, device), want) < BFLOAT16
@@ -144,7 +144,7 @@ def test_what_they_do_not_serve(flash, monkeypatch):
     d, e, message = wide[name]
     assert message in refusal(case(1, 6, 2, d=d, e=e))
     if name == "flash_attn":
-        assert "values are 24 wide; it takes multiples of the queries' width, 16" in refusal(case(1, 6, 2, e=24))
+        assert "values are 96 wide; it takes multiples of the queries' width, 64" in refusal(case(1, 6, 2, e=96))
     monkeypatch.setattr(adapters, "DEVICE", "elsewhere")
     assert "the tensors are on" in refusal()
 

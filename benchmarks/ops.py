@@ -201,13 +201,11 @@ def tiles(**values: Any) -> Iterator[None]:
 
 SWEEP: list[dict[str, Any]] = [
     {"scan__T_FWD": 4},
-    {"scan__PREFETCH": 0},
-    {"scan__PREFETCH": 2},
-    {"scan_backward__PREFETCH": 0},
-    {"scan_backward__PREFETCH": 2},
-    {"scan_backward__MAX_REGISTERS": None},
-    {"scan_backward__STATES_MAX_REGISTERS": 168},
-    {"scan_backward__T_STATES": 8},
+    {"scan_backward__PREFETCH": False},
+    {"scan_backward__MAX_REGISTERS": 168},
+    {"scan_backward__MAX_REGISTERS": 208},
+    {"scan_backward__UNROLL": 1},
+    {"scan_backward__T_STATES": 4},
     {"conv__U": 4},
     {"conv__BD": 256},
     {"conv__STEPS": 64},

@@ -58,7 +58,7 @@ class CausalConv(nn.Module):
         Returns:
             output (b, l, channels), and the state after it.
         """
-        weight, bias = self.weight[:, 0], self.bias
+        weight, bias = self.weight.squeeze(1), self.bias
         if in_place:
             assert state is not None
             return causal_conv1d_update(state, x[:, 0], weight, bias, valid=valid)[:, None], state

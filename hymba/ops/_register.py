@@ -89,17 +89,3 @@ def differentiable(
         return call
 
     return wrap
-
-
-def by_autograd(
-    function: Callable[..., Any], tensors: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
-) -> list[Tensor]:
-    """Gradients of a plain PyTorch function: what a backward op falls back to. Empty where the input is `None`."""
-    with torch.enable_grad():
-        inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        outputs = function(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-        wanted = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
-    return [tensors[0].new_empty(0) if t is None else next(found) for t in inputs]  # type: ignore[union-attr]

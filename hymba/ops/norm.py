@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from ._checks import check_shape
-from ._register import by_autograd, differentiable, opaque
+from ._register import differentiable, opaque
 from .recompute import note
 
 OP = "rms_norm"
@@ -127,6 +127,18 @@ def _kernels(kernel: str, forced: bool, method: str, *args: Any) -> Any:
         return None
 
 
+def norm_gradients(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight in plain PyTorch operations."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    dy, wide = dy.to(compute), x.to(compute)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * scale
+    weighted = dy * weight.to(compute)
+    dx = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * scale
+    dw = (dy * normed).flatten(0, -2).sum(0) if x.dim() > 1 else dy * normed
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -139,7 +151,7 @@ def _norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, kernel: str, forced: bool
 ) -> list[Tensor]:
     found = _kernels(kernel, forced, "backward", dy, x, weight, None, eps)
-    return found or by_autograd(lambda x, w: rms_norm_ref(x, w, eps, dtype), (x, weight), (dy,))
+    return found or list(norm_gradients(dy, x, weight, eps))
 
 
 def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -178,7 +190,7 @@ def _add_norm_backward(
     found = _kernels(kernel, forced, "backward", dy, total, weight, dtotal, eps)
     if found:
         return found
-    dx, dw = by_autograd(lambda x, w: rms_norm_ref(x, w, eps, dtype), (total, weight), (dy,))
+    dx, dw = norm_gradients(dy, total, weight, eps)
     return [dx if dtotal is None else dx + dtotal, dw]
 
 
@@ -214,8 +226,10 @@ def _mean_norm_backward(
     dy: Tensor, a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float, kernel: str, forced: bool
 ) -> list[Tensor]:
     found = _kernels(kernel, forced, "mean_backward", dy, a, b, a_weight, b_weight, eps)
-    tensors = (a, b, a_weight, b_weight)
-    return found or by_autograd(lambda a, b, wa, wb: mean_rms_norm_ref(a, b, wa, wb, eps), tensors, (dy,))
+    if found:
+        return found
+    (da, dwa), (db, dwb) = norm_gradients(dy / 2, a, a_weight, eps), norm_gradients(dy / 2, b, b_weight, eps)
+    return [da, db, dwa, dwb]
 
 
 def _mean_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -86,11 +86,6 @@ def _scope() -> _Scope | None:
     return None if torch.compiler.is_compiling() else getattr(_LOCAL, "scope", None)
 
 
-def recomputing() -> bool:
-    """Whether ops run inside `recomputed()`."""
-    return _scope() is not None
-
-
 def note(output: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Tell the scope, if there is one, that `function(*args)` gives `output` again, dense and bit for bit.
 

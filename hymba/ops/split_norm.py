@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend as _backend
-from ._register import by_autograd, differentiable, opaque
-from .norm import OP, rms_norm_ref
+from ._register import differentiable, opaque
+from .norm import OP, norm_gradients, rms_norm_ref
 
 MULTIPLE = 8
 
@@ -86,8 +86,12 @@ def _split_backward(
             return split_norm.backward(da, db, dc, x, a_weight, b_weight, c_weight, eps)
         except Exception as error:
             _backend.kernel_failed(OP, kernel, error, was_forced=forced)
-    tensors = (x, a_weight, b_weight, c_weight)
-    return by_autograd(lambda x, a, b, c: split_rms_norm_ref(x, a, b, c, eps, width), tensors, (da, db, dc))
+    weights = (a_weight, b_weight, c_weight)
+    sizes = [len(w) for w in weights]
+    parts = x[..., : sum(sizes)].split(sizes, dim=-1)
+    pairs = [norm_gradients(d[..., : len(w)], p, w, eps) for d, p, w in zip((da, db, dc), parts, weights, strict=True)]
+    dx = F.pad(torch.cat([d for d, _ in pairs], dim=-1), (0, x.shape[-1] - sum(sizes)))
+    return [dx, *(d for _, d in pairs)]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -180,6 +180,22 @@ def test_no_second_derivative(name: str) -> None:
             first.sum().backward()
 
 
+@pytest.mark.parametrize("through", ["function", "op"])
+def test_the_formulas_behind_the_kernels(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes a kernel's place inside an op, in eager code and where a compiler sees the op."""
+    monkeypatch.setattr("hymba.ops.backend.wants_kernel", lambda *_: False)
+    inputs = {"x": torch.randn(3, 8), "y": torch.randn(3, 8), "w": torch.rand(8)}
+    for name, op in OPS.items():
+        used = {"swiglu": "xy", "relu2": "x", "rope": "x", "loss": "xy", "norm": "xw", "split": "xw"}.get(name, "xyw")
+        leaves = {k: v for k, v in inputs.items() if k in used}
+        call = lambda *a, op=op, leaves=leaves: op(**(inputs | dict(zip(leaves, a, strict=True))))  # noqa: E731
+        with use_backend("torch"):
+            want = run(call, {k: v.double() for k, v in leaves.items()} if name != "rope" else leaves)
+        with use_backend("triton"):
+            ran = call if through == "function" else torch.compile(call, backend="aot_eager", fullgraph=True)
+            assert worst(run(ran, leaves), want) < FLOAT32, name
+
+
 def test_a_kernel_that_fails_hands_over_once_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no such instruction")

@@ -20,7 +20,7 @@ def test_every_kernel_compiles_without_a_gpu(capability, tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 46, done.stdout
     for line in lines:
-        if line.startswith("attention") and "_prefix_kernel" not in line and capability == "90":
+        if line.startswith("attention") and "_prefix_gradient" not in line and capability == "90":
             # Two programs per multiprocessor are worth a spilled register or four.
             assert int(line.split()[4]) <= 16, f"registers spill: {line}"
             assert line.endswith("warpgroup products"), line

@@ -151,8 +151,12 @@ def visible_keys(
     return query, low, first, last, begin, common
 
 
-@triton.jit
-def _forward_kernel(
+# One compiled variant serves all lengths: what is not named here says something about alignment.
+PLAIN = ["length", "prefix", "window", "slots", "start_b", "low_b"]
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _attention_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, start_ptr, low_ptr, out_ptr, lse_ptr,
     length, prefix, window, slots, stats, scale,
     q_b, q_l, q_h, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, start_b, low_b,
@@ -238,7 +242,7 @@ def constants(s: Sources) -> dict[str, int | bool | str]:
         "E": s.v.shape[3],
         "KEYS": keys,
         "PREFIX": s.prefix_k is not None,
-        "WINDOWED": s.window is not None,
+        "WINDOWED": s.window is not None and s.low is None,
         "BOUNDED": s.low is not None,
         "PRECISION": "interpreted" if INTERPRETED else "tf32" if tf32 else "ieee",
     }
@@ -290,7 +294,7 @@ def forward(s: Sources, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     pk, pv, prefix = prefix_of(s)
     grid = (triton.cdiv(l * (h // heads), tile.rows), heads, b)
     with on_device(s.q):
-        _forward_kernel[grid](
+        _attention_kernel[grid](
             s.q, s.k, s.v, pk, pv, lse if s.start is None else s.start, lse if s.low is None else s.low, out, lse,
             l, prefix, s.window or 0, s.slots, lse.shape[2], d**-0.5 * LOG2_E,
             *strides(s), batch_stride(s.start), batch_stride(s.low),

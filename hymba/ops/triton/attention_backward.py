@@ -19,6 +19,7 @@ from ..attention_op import Sources
 from ._common import on_device
 from .attention import (
     LOG2_E,
+    PLAIN,
     Tile,
     batch_stride,
     constants,
@@ -52,8 +53,8 @@ PREFIX_ROWS = 6144
 """Rows that one program visits for a block of the prefix: about what a block inside a window of 1024 has."""
 
 
-@triton.jit
-def _query_kernel(
+@triton.jit(do_not_specialize=PLAIN)
+def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, start_ptr, low_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     length, prefix, window, slots, stats, scale, dq_scale,
     q_b, q_l, q_h, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, start_b, low_b,
@@ -125,11 +126,11 @@ def _query_kernel(
     tl.store(dq_at, (acc * dq_scale).to(dq_ptr.dtype.element_ty), mask=here[:, None])
 
 
-@triton.jit
-def _key_kernel(
+@triton.jit(do_not_specialize=[*PLAIN[:-1], "high_b", "keys", "splits", "split_blocks"])
+def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, start_ptr, high_ptr, dout_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr, dpk_ptr, dpv_ptr,
-    length, keys, prefix, window, slots, stats, scale, dk_scale, splits, split_rows,
+    length, keys, prefix, window, slots, stats, scale, dk_scale, splits, split_blocks,
     q_b, q_l, q_h, k_b, k_s, k_h, v_b, v_s, v_h, pk_b, pk_s, pk_h, pv_b, pv_s, pv_h, start_b, high_b,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr,
     PREFIX: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -177,9 +178,10 @@ def _key_kernel(
     all_from = tl.max(newest, 0)
     all_to = tl.min(oldest, 0)
     if PREFIX:
+        # In whole blocks, so that the compiler knows how row numbers are aligned.
         part = program - tile * splits
-        first = tl.where(meta, part * split_rows, first)
-        last = tl.where(meta, tl.minimum((part + 1) * split_rows, length * G), last)
+        first = tl.where(meta, part * split_blocks * M, first)
+        last = tl.where(meta, tl.minimum((part + 1) * split_blocks * M, length * G), last)
 
     row = tl.minimum(j, end - 1).to(tl.int64)[:, None]
     k_at, v_at = k_ptr + b * k_b + head * k_h + row * k_s, v_ptr + b * v_b + head * v_h + row * v_s
@@ -229,8 +231,8 @@ def _key_kernel(
         tl.store(dv_ptr + (to * E)[:, None] + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit
-def _prefix_kernel(
+@triton.jit(do_not_specialize=["count"])
+def _prefix_gradient_kernel(
     dpk_ptr, dpv_ptr, k_ptr, v_ptr, k_size, v_size, count, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each row of the prefix gradients is the sum of its `count` parts, in order; keys first, then values."""
@@ -270,7 +272,7 @@ def backward(
     rows = l * (h // heads)
     with on_device(s.q):
         tile = tiles[0] or tile_for(QUERY_TILES, s, rows_stay=True)
-        _query_kernel[(triton.cdiv(lse.shape[2], tile.rows), heads, b)](
+        _query_gradient_kernel[(triton.cdiv(lse.shape[2], tile.rows), heads, b)](
             s.q, s.k, s.v, pk, pv, start, low, out, dout, lse, delta, dq,
             l, prefix, s.window or 0, s.slots, lse.shape[2], scale * LOG2_E, scale,
             *strides(s), batch_stride(s.start), batch_stride(s.low),
@@ -278,15 +280,15 @@ def backward(
         )  # fmt: skip
         tile = tiles[1] or tile_for(KEY_TILES, s, rows_stay=False)
         splits = triton.cdiv(rows, PREFIX_ROWS)
-        split_rows = triton.cdiv(triton.cdiv(rows, splits), tile.rows) * tile.rows
-        splits = triton.cdiv(rows, split_rows)
+        split_blocks = triton.cdiv(triton.cdiv(rows, splits), tile.rows)
+        splits = triton.cdiv(rows, split_blocks * tile.rows)
         parts = b * splits if prefix else 0
         dpk = torch.empty(parts, prefix, heads, d, dtype=torch.float32, device=lse.device)
         dpv = torch.empty(parts, prefix, heads, e, dtype=torch.float32, device=lse.device)
         programs = triton.cdiv(prefix, tile.keys) * splits + triton.cdiv(keys, tile.keys)
-        _key_kernel[(programs, heads, b)](
+        _key_gradient_kernel[(programs, heads, b)](
             s.q, s.k, s.v, pk, pv, start, high, dout, lse, delta, dk, dv, dpk, dpv,
-            l, keys, prefix, s.window or 0, s.slots, lse.shape[2], scale * LOG2_E, scale, splits, split_rows,
+            l, keys, prefix, s.window or 0, s.slots, lse.shape[2], scale * LOG2_E, scale, splits, split_blocks,
             *strides(s), batch_stride(s.start), batch_stride(s.high),
             M=tile.rows, N=tile.keys, **constexprs, **tile.options(),
         )  # fmt: skip
@@ -295,7 +297,7 @@ def backward(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (s.prefix_k, s.prefix_v)]
     own_rows, sizes = s.prefix_k.shape[0], [grad[0].numel() for grad in grads]
     with on_device(s.q):
-        _prefix_kernel[(sum(triton.cdiv(size, 256) for size in sizes), own_rows)](
+        _prefix_gradient_kernel[(sum(triton.cdiv(size, 256) for size in sizes), own_rows)](
             dpk, dpv, *grads, *sizes, parts // own_rows, BLOCK=256, num_warps=1
         )
     return [dq, dk, dv, *grads]

@@ -218,7 +218,7 @@ def _gradient_kernel(
     ahead = tl.arange(0, 32)
     touch = tl.zeros([32], tl.float32)
     touched = touch
-    NEAR: tl.constexpr = N * BD // 256 if N * BD % 256 == 0 else 0
+    NEAR: tl.constexpr = N * BD // 256 if BD >= 32 and N * BD % 256 == 0 else 0
     if NEAR > 0:
         nearby = tl.minimum(tl.program_id(0) * BD + ahead % (BD // 8) * 8, d - 1) + ahead // (BD // 8) * d
     for j in range(chunks):

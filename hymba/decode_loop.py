@@ -119,7 +119,8 @@ class Choice:
         self.real.index_copy_(1, self.count, self.step.active[:, None])
         self.count.add_(1)
         if self.eos is not None:
-            self.done.logical_or_(torch.isin(token, self.eos))
+            # Not torch.isin, which sorts and waits when there are many ids.
+            self.done.logical_or_((token[:, None] == self.eos).any(dim=1))
         self.step.tokens.copy_(token)
 
 

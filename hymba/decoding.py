@@ -146,8 +146,22 @@ def capture(
                     advance()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _healed(step.tokens.device), torch.cuda.graph(graph):
             advance()
         for tensor, old in zip(held, before, strict=True):
             tensor.copy_(old)
         return graph.replay
+
+
+@contextlib.contextmanager
+def _healed(device: torch.device) -> Iterator[None]:  # pragma: gpu
+    """A capture that fails leaves its stream current, and the random generator thinking that it goes on."""
+    stream = torch.cuda.current_stream(device)
+    generator = torch.cuda.default_generators[device.index or 0]
+    before = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(before)
+        raise

@@ -140,16 +140,18 @@ def capture(
         before = [tensor.clone() for tensor in held]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                with step.untouched():
-                    advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with _healed(step.tokens.device), torch.cuda.graph(graph):
-            advance()
-        for tensor, old in zip(held, before, strict=True):
-            tensor.copy_(old)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    with step.untouched():
+                        advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with _healed(step.tokens.device), torch.cuda.graph(graph):
+                advance()
+        finally:
+            for tensor, old in zip(held, before, strict=True):
+                tensor.copy_(old)
         return graph.replay
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,7 +18,12 @@ import torch
 
 
 def commit() -> str:
-    """The commit being measured, `+` for uncommitted changes, or "unknown" outside a checkout."""
+    """The commit being measured, `+` for uncommitted changes, or "unknown" outside a checkout.
+
+    HYMBA_COMMIT names it where the checkout's own history is not at hand.
+    """
+    if named := os.environ.get("HYMBA_COMMIT"):
+        return named
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hymba import cost
@@ -37,7 +37,8 @@ class MemoryBytes(cost.Parts):
     """Bytes at the peak of some work, by what holds them.
 
     Attributes:
-        weights: parameters, and their copies in autocast's dtype. gradients, optimizer: as wide as the parameters.
+        weights: parameters, and their copies in autocast's dtype. gradients: those that exist at the peak. optimizer:
+            two moments as wide as the parameters.
         cache: keys, values and states of decoding. activations: what layers keep, and the widest layer's work.
         logits: of the positions whose logits are asked for, with their float32 copies.
     """
@@ -110,22 +111,33 @@ def training_bytes(
         raise ValueError(f"checkpointing={checkpointing!r}: allowed: {', '.join(map(repr, POLICIES))}")
     wide, width = cost.DTYPE_BYTES[_name(parameter_dtype)], cost.DTYPE_BYTES[_name(compute_dtype)]
     count, tokens = cost.parameters(config).total, batch * length
-    kept = [_kept(config, spec, checkpointing) for spec in config.layers]
-    # One layer's activations once more, as gradients; with full checkpointing first as themselves.
-    widest = max(_kept(config, spec, "none") for spec in config.layers)
-    numbers = sum(kept) + widest * (2 if checkpointing == "full" else 1)
+    kept = sum(_kept(config, spec, checkpointing) for spec in config.layers)
+    whole = max(_kept(config, spec, "none") for spec in config.layers)
+    # Backward through one layer: gradients of the MLP's products and of the stream, and what is made again.
+    ffn = config.intermediate_size * max((spec.ffn for spec in config.layers), default=False)
+    work = 2 * ffn + 2 * config.hidden_size + (ffn if checkpointing == "selective" else 0)
+    again = whole if checkpointing == "full" else 0
     d, vocabulary = config.hidden_size, config.vocab_size
     if fused_loss:
-        logits = min(tokens * vocabulary, _LOSS_AT_ONCE) * width + tokens * d * width + vocabulary * d * (4 + wide)
+        # A block of logits and the head's gradient in float32; then the gradients of hidden states and head, kept and
+        # multiplied.
+        at_loss = min(tokens * vocabulary, _LOSS_AT_ONCE) * width + tokens * d * width + vocabulary * d * (4 + wide)
+        behind = 2 * (tokens * d * width + vocabulary * d * wide)
     else:
         # In the compute dtype, then in float32: themselves, their softmax, their gradient.
-        logits = tokens * vocabulary * (width + 12)
-    return MemoryBytes(
+        at_loss, behind = tokens * vocabulary * (width + 12), vocabulary * d * wide
+    size = tokens * width
+    gradients = count * wide * (len(config.layers) - 1) // len(config.layers)
+    # Gradients come as activations go: the peak is at the loss, where backward starts, or in the layer where it ends.
+    moments = (
+        MemoryBytes(activations=size * kept, logits=at_loss),
+        MemoryBytes(activations=size * (kept + again + work), logits=behind),
+        MemoryBytes(activations=size * (whole + work), gradients=gradients),
+    )
+    return replace(
+        max(moments, key=lambda moment: moment.total),
         weights=count * (wide + (width if width != wide else 0)),
-        gradients=count * wide,
         optimizer=2 * count * wide if optimizer else 0,
-        activations=tokens * width * numbers,
-        logits=logits,
     )
 
 
@@ -154,8 +166,10 @@ def _widest_moment(config: HymbaConfig, spec: LayerSpec) -> int:
     ffn = config.intermediate_size * cost.mlp_matrices(config) if spec.ffn else 0
     # In the scan: embeddings, residual stream and normed input, the projection's output, rotated queries, what
     # attention put out, the convolution's output, step sizes, and what the scan puts out.
-    mixer = 3 * d + cost.qkv_width(config, spec) + 2 * inner + d + 4 * inner
-    return max(mixer, 4 * d + ffn)
+    projected = cost.qkv_width(config, spec) + 2 * inner
+    # In the MLP: embeddings, the stream before, behind and between, its normed form, the products, and the projection
+    # whose values are shared.
+    return max(3 * d + projected + d + 4 * inner, 5 * d + ffn + (projected if spec.kv_from is None else 0))
 
 
 def enabled() -> bool:

@@ -365,12 +365,13 @@ class HymbaModel(HymbaPreTrainedModel):
         want_weights = self.config.output_attentions if output_attentions is None else output_attentions
         hidden: list[Tensor] | None = [] if want_hidden else None
         weights: list[list[Tensor]] | None = [] if want_weights else None
-        # Keys and values go with their last borrower: they are views of a whole projection's output.
+        # Keys and values go with their last borrower, and keep no projection alive that nothing else keeps.
         last = {lender: i for i, lender in enumerate(self.lenders) if lender is not None}
         shared: dict[int, SharedKV] = {}
         # A compiler decides by itself what backward makes again.
         selective = self.selective_checkpointing and self.training and torch.is_grad_enabled()
         selective = selective and not torch.compiler.is_compiling()
+        lean = not torch.is_grad_enabled() or (self.gradient_checkpointing and self.training)
         for i, layer in enumerate(self.layers):
             if hidden is not None:
                 hidden.append(x)
@@ -386,13 +387,14 @@ class HymbaModel(HymbaPreTrainedModel):
                 with recomputed() if selective else contextlib.nullcontext():
                     x, state, kv = call(x, first, kv=None if lender is None else shared[lender])
             if i in last:
-                shared[i] = kv
+                shared[i] = kv.apart() if lean and not span.columns else kv
             elif lender is not None and last[lender] == i:
                 del shared[lender]
             if cache is not None:
                 cache.put(i, state)
             if weights is not None and collected is not None:
                 weights.append([collected.tensors[0], kv.visibility.key])
+            del state, kv
         return x, hidden, weights
 
     def _by_column(

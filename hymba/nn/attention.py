@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -37,6 +37,10 @@ class SharedKV:
     visibility: Visibility
     prefix_k: Tensor | None = None
     prefix_v: Tensor | None = None
+
+    def apart(self) -> SharedKV:
+        """The same with memory of its own for the values, which are views of a whole projection's output."""
+        return replace(self, v=self.v.contiguous())
 
     def to(self, device: torch.device | str, *_: object, **__: object) -> SharedKV:
         """The same on another device (a borrowing layer may live on one)."""

@@ -201,7 +201,10 @@ def tiles(**values: Any) -> Iterator[None]:
 
 SWEEP: list[dict[str, Any]] = [
     {"scan__T_FWD": 4},
-    {"scan_backward__PREFETCH": False},
+    {"scan__PREFETCH": 0},
+    {"scan__PREFETCH": 2},
+    {"scan_backward__PREFETCH": 0},
+    {"scan_backward__PREFETCH": 2},
     {"scan_backward__MAX_REGISTERS": 168},
     {"scan_backward__MAX_REGISTERS": 208},
     {"scan_backward__UNROLL": 1},

@@ -64,11 +64,16 @@ def sigmoid(x):
 
 
 @triton.jit
-def fetch_lines(pointers):
-    """Asks the second cache for the sectors at pointers without waiting. Not for the interpreter."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
+def fetch_lines(pointers, LEVEL: tl.constexpr):
+    """Asks for the cache lines at pointers without waiting for them. Level 0 does nothing, as does the interpreter."""
+    if LEVEL == 1:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
+    elif LEVEL == 2:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

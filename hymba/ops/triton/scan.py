@@ -25,6 +25,7 @@ from ._common import (
     channels_last,
     document_start,
     element,
+    fetch_lines,
     on_device,
     or_dummy,
     row,
@@ -37,12 +38,13 @@ LOG2E = 1.4426950408889634
 T_FWD = 8
 BD_FWD = 4 if INTERPRETED else 32
 MAX_REGISTERS: int | None = None
+PREFETCH = 0 if INTERPRETED else 1
 NO_SPECIALIZE = ["sx", "sdt", "sz", "sy", "so"]
 
 
 @triton.jit
-def _prepare_kernel(A, B, C, lengths, A2, rows, tiles, sb, sbl, sc, scl, l, d, lpad, N: tl.constexpr,
-                    NP: tl.constexpr, T: tl.constexpr, L: tl.constexpr, HAS_LEN: tl.constexpr):  # fmt: skip
+def _prepare_kernel(A, B, C, lengths, A2, rows, Bt, Ct, sb, sbl, sc, scl, l, d, lpad, N: tl.constexpr,
+                    NP: tl.constexpr, L: tl.constexpr, HAS_LEN: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
     """Rows 0..b-1 of the grid lay out B and C (zero past the end); the row after them does A."""
     pid = tl.program_id(0)
     r = tl.program_id(1)
@@ -64,11 +66,11 @@ def _prepare_kernel(A, B, C, lengths, A2, rows, tiles, sb, sbl, sc, scl, l, d, l
         inside = (i < lpad)[:, None] & (n < NP)[None, :]
         tl.store(at, vb, mask=inside)
         tl.store(at + NP, vc, mask=inside)
-        if T > 0:
-            at = tiles + ((rr * lpad + i // T * T)[:, None] * N + n[None, :] * T) * 2 + (i % T)[:, None]
-            inside = (i < lpad)[:, None] & (n < N)[None, :]
-            tl.store(at, vb, mask=inside)
-            tl.store(at + T, vc, mask=inside)
+        if TRANSPOSED:
+            out = rr * N * lpad + n[None, :] * lpad + i[:, None]
+            mo = (i < lpad)[:, None] & (n < N)[None, :]
+            tl.store(Bt + out, vb, mask=mo)
+            tl.store(Ct + out, vc, mask=mo)
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZE)
@@ -78,7 +80,7 @@ def _forward_kernel(
     SXL: tl.constexpr, SDTL: tl.constexpr, SZL: tl.constexpr, SYL: tl.constexpr, d: tl.constexpr, EVEN: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_LEN: tl.constexpr, HAS_SEQ: tl.constexpr, SAVE: tl.constexpr,
-    PARALLEL: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr,
+    PARALLEL: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Program (channel block, row, part): per_program chunks in order, all states of its channels in registers.
 
@@ -127,15 +129,12 @@ def _forward_kernel(
     sum_dt = tl.zeros([BD], tl.float32)
     kept = 1
     chunks = tl.minimum(per_program, (l - first + T - 1) // T)
-    # One element of each 32-byte sector of the next chunk's B and C: the first real load would wait for a far cache.
-    ahead = tl.arange(0, T * NP // 4)
-    touch = tl.load(bc + ahead * 8)
-    touched = touch
+    ahead = bc + T * 2 * NP + tl.arange(0, T * NP // 4) * 8
     until_save = 0
     for c in range(chunks):
         t0 = first + c * T
-        touched += touch
-        touch = tl.load(bc + T * 2 * NP + ahead * 8)
+        fetch_lines(ahead, PREFETCH)
+        ahead += T * 2 * NP
         raw = dt_next.to(tl.float32)
         if HAS_BIAS:
             raw += tl.load(bias + ch, mask=cm, other=0.0).to(tl.float32)[None, :]
@@ -187,8 +186,6 @@ def _forward_kernel(
             tl.store(yb + (t[:, None] * SYL + ch[None, :]), acc.to(y.dtype.element_ty), mask=inside)
             yb += T * SYL
         m = m_next
-    # Where nobody reads: without a use there would be no load.
-    tl.store(rows + b * lpad * (2 * NP) + ahead, touched)
     if LOCAL:
         tl.store(here + plane, h, mask=sm)
         tl.store(total + (part * b + r) * d + ch, sum_dt, mask=cm)
@@ -242,7 +239,8 @@ class Prepared(NamedTuple):
 
     A2: Tensor
     rows: Tensor
-    tiles: Tensor
+    Bt: Tensor
+    Ct: Tensor
     h0: Tensor | None
     lpad: int
     flags: dict[str, Any]
@@ -255,9 +253,8 @@ def padded(*shape: Any) -> Tensor:
     return torch.empty(count + size[-1], dtype=torch.float32, device=device)[:count].view(size)
 
 
-def prepare(i: ScanInputs, tile: int = 0) -> Prepared:
-    """A2 (np, d) and B, C in float32, np the next power of two, twice: rows (b, lpad, 2, np) with 16 more behind them,
-    asked for ahead of time or written to be forgotten; and with tile, tiles (b, lpad / tile, n, 2, tile)."""
+def prepare(i: ScanInputs, transposed: bool) -> Prepared:
+    """float32 copies: rows (b * lpad + 16, 2 np) of B and C, np the power of two; Bt, Ct (b, n, lpad) if transposed."""
     b, l, d = i.x.shape
     n = i.A.shape[1]
     size = triton.next_power_of_2(n)
@@ -266,12 +263,13 @@ def prepare(i: ScanInputs, tile: int = 0) -> Prepared:
     B = B if B.stride(2) == 1 else B.contiguous()
     C = C if C.stride(2) == 1 else C.contiguous()
     A2 = padded(size, d, i.x.device)
+    # The rows of the last chunk are followed by as many that are only asked for ahead of time.
     rows = torch.empty(b * lpad + 16, 2 * size, dtype=torch.float32, device=i.x.device)
-    tiles = torch.empty(b * lpad * 2 * n if tile else 0, dtype=torch.float32, device=i.x.device)
+    Bt, Ct = (padded(b if transposed else 0, n, lpad, i.x.device) for _ in range(2))
     block = 64
     _prepare_kernel[(triton.cdiv(max(lpad, d), block), b + 1)](
-        A, B, C, or_dummy(i.lengths, A), A2, rows, tiles, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-        l, d, lpad, N=n, NP=size, T=tile, L=block, HAS_LEN=i.lengths is not None,
+        A, B, C, or_dummy(i.lengths, A), A2, rows, Bt, Ct, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+        l, d, lpad, N=n, NP=size, L=block, HAS_LEN=i.lengths is not None, TRANSPOSED=transposed,
     )  # fmt: skip
     h0, s0 = None, 0
     if i.initial_state is not None:
@@ -281,7 +279,7 @@ def prepare(i: ScanInputs, tile: int = 0) -> Prepared:
         "N": n, "HAS_BIAS": i.dt_bias is not None, "HAS_H0": h0 is not None, "HAS_LEN": i.lengths is not None,
         "HAS_SEQ": i.seq_idx is not None, "s0": s0, "l": l, "d": d, "lpad": lpad,
     }  # fmt: skip
-    return Prepared(A2, rows, tiles, h0, lpad, flags)
+    return Prepared(A2, rows, Bt, Ct, h0, lpad, flags)
 
 
 def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,7 +295,7 @@ def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = No
             x=channels_last(i.x, 1), dt=channels_last(i.dt, 1), z=None if i.z is None else channels_last(i.z, 1),
             seq_idx=None if i.seq_idx is None else i.seq_idx.contiguous(),
         )  # fmt: skip
-        p = prepare(i)
+        p = prepare(i, transposed=False)
         new: dict[str, Any] = {"dtype": torch.float32, "device": i.x.device}
         blocks = triton.cdiv(d, BD_FWD)
         if parallel is None:
@@ -314,7 +312,7 @@ def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = No
         common = dict(
             p.flags, NP=triton.next_power_of_2(n), T=T_FWD, BD=BD_FWD, EVEN=d % BD_FWD == 0, num_warps=1,
             per_program=per_segment if parallel else -(-l // T_FWD), per_segment=per_segment, HAS_D=i.D is not None,
-            HAS_Z=i.z is not None, PARALLEL=parallel, maxnreg=MAX_REGISTERS,
+            HAS_Z=i.z is not None, PARALLEL=parallel, maxnreg=MAX_REGISTERS, PREFETCH=PREFETCH,
             ALIGNED=i.lengths is None and l % T_FWD == 0 and d % BD_FWD == 0, **strides(1, x=i.x, dt=i.dt, z=zz, y=y),
         )  # fmt: skip
         grid = (blocks, b, nseg if parallel else 1)

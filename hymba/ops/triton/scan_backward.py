@@ -44,12 +44,12 @@ T = 8
 BD = 4 if INTERPRETED else 64
 T_STATES = 8
 BD_STATES = 4 if INTERPRETED else 32
-# More warps on a multiprocessor would have to share what two on each scheduler fill: registers and the first cache.
-MAX_REGISTERS: int | None = None
 STATES_MAX_REGISTERS: int | None = None
+# Fewer registers fit more warps, whose spills and rows then drive each other out of the first cache.
+MAX_REGISTERS: int | None = None
 UNROLL = 2
 LANES = not INTERPRETED
-PREFETCH = not INTERPRETED
+PREFETCH = 0 if INTERPRETED else 1
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZE)
@@ -59,7 +59,7 @@ def _states_kernel(
     SYL: tl.constexpr, SOL: tl.constexpr, d: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     T: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_H0: tl.constexpr, HAS_LEN: tl.constexpr, HAS_SEQ: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Program (channel block, row, segment); its states stay in registers as in the forward kernel.
 
@@ -93,7 +93,7 @@ def _states_kernel(
     yb = dy + r * sy + first.to(tl.int64) * SYL
     ob = dz + r * so + first.to(tl.int64) * SOL
     bc = rows + (r * lpad + first) * (2 * NP)
-    # As in the forward kernel: what comes from memory is on its way before it is used.
+    # What comes from memory is on its way one chunk (B and C: one step) before it is used.
     dt_next = tl.load(db + (t[:, None] * SDTL + ch[None, :]), mask=m, other=0.0)
     x_next = tl.load(xb + (t[:, None] * SXL + ch[None, :]), mask=m, other=0.0)
     y_next = tl.load(yb + (t[:, None] * SYL + ch[None, :]), mask=m, other=0.0)
@@ -104,14 +104,12 @@ def _states_kernel(
     sum_dt = tl.zeros([BD], tl.float32)
     kept = 1
     chunks = tl.minimum(per_segment * EVERY, (l - first + T - 1) // T)
-    ahead = tl.arange(0, T * NP // 4)
-    touch = tl.load(bc + ahead * 8)
-    touched = touch
+    ahead = bc + T * 2 * NP + tl.arange(0, T * NP // 4) * 8
     to_save = chunk_states + (seg.to(tl.int64) * per_segment * b + r) * N * d
     for c in range(chunks):
         t0 = first + c * T
-        touched += touch
-        touch = tl.load(bc + T * 2 * NP + ahead * 8)
+        fetch_lines(ahead, PREFETCH)
+        ahead += T * 2 * NP
         raw = dt_next.to(tl.float32)
         if HAS_BIAS:
             raw += tl.load(bias + ch, mask=cm, other=0.0).to(tl.float32)[None, :]
@@ -166,7 +164,6 @@ def _states_kernel(
             tl.store(ob + (t[:, None] * SOL + ch[None, :]), dzv.to(dz.dtype.element_ty), mask=inside)
             ob += T * SOL
         m = m_next
-    tl.store(rows + b * lpad * (2 * NP) + ahead, touched)
     tl.store(local + here + plane, back, mask=sm)
     tl.store(total + (seg * b + r) * d + ch, sum_dt, mask=cm)
     if tl.program_id(0) == 0:
@@ -175,7 +172,7 @@ def _states_kernel(
 
 @triton.jit(do_not_specialize=NO_SPECIALIZE)
 def _gradient_kernel(
-    x, dt, z, dy, rows, tiles, A2, D, bias, h0, lengths, seq, chunk_states, grads, dx, ddt, dB_part, dC_part, dA_part,
+    x, dt, z, dy, Bt, Ct, A2, D, bias, h0, lengths, seq, chunk_states, grads, dx, ddt, dB_part, dC_part, dA_part,
     dh0_part, dD_part, dbias_part, sx, sdt, sz, sy, so, s0, l, lpad, per_segment, SXL: tl.constexpr,
     SDTL: tl.constexpr, SZL: tl.constexpr, SYL: tl.constexpr, SOL: tl.constexpr, d: tl.constexpr, EVEN: tl.constexpr,
     N: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -204,6 +201,8 @@ def _gradient_kernel(
     zb = z + r * (sz * V) + (t[:, None] * SZL + ch[None, :])
     yb = dy + r * (sy * V) + (t[:, None] * SYL + ch[None, :])
     ob = r * (so * V) + (t[:, None] * SOL + ch[None, :])
+    Bb = Bt + r * N * lpad + t
+    Cb = Ct + r * N * lpad + t
     part = (tl.program_id(0) * b + r) * N * lpad + t
     if LANES:
         i = tl.arange(0, 32)
@@ -215,31 +214,11 @@ def _gradient_kernel(
     first = seg * per_segment * T
     chunks = tl.minimum(per_segment, (l - first + T - 1) // T)
     t0 = first + (chunks - 1) * T
-    ahead = tl.arange(0, 32)
-    touch = tl.zeros([32], tl.float32)
-    touched = touch
-    NEAR: tl.constexpr = N * BD // 256 if BD >= 32 and N * BD % 256 == 0 else 0
-    if NEAR > 0:
-        nearby = tl.minimum(tl.program_id(0) * BD + ahead % (BD // 8) * 8, d - 1) + ahead // (BD // 8) * d
     for j in range(chunks):
         # Not through j: then the compiler would keep a pointer for every row of a tile.
         before = tl.maximum(t0 - T, first)
-        o = t0.to(tl.int64)
-        # One element of each 32-byte sector that the loop over states reads: the compiler has no register to start its
-        # loads early in, so they should not go far. Chunk states and the two carries now, B and C a chunk ahead.
-        touched += touch
-        touch = tl.load(tiles + (r * lpad + before) * (2 * N) + ahead * T, mask=ahead < 2 * N, other=0.0)
-        near = ()
-        for k in tl.static_range(NEAR):
-            some = (r * N + k * (256 // BD)) * d + nearby
-            h, back, dA = (
-                tl.load(chunk_states + t0 // T * step + some), tl.load(grads + seg * step + some),
-                tl.load(dA_part + seg * step + some),
-            )  # fmt: skip
-            near = near + (h, back, dA)  # type: ignore[assignment]  # noqa: RUF005  # the compiler has no unpacking
-        # Stores to the carries must be seen by whichever thread loads them next.
-        tl.debug_barrier()
         m = (t0 + t < end)[:, None] & cm[None, :] | ALIGNED
+        o = t0.to(tl.int64)
         raw = tl.load(db + o * SDTL, mask=m, other=0.0).to(tl.float32)
         if HAS_BIAS:
             raw += tl.load(bias + ch, mask=cm, other=0.0).to(tl.float32)[None, :]
@@ -254,23 +233,23 @@ def _gradient_kernel(
         starts = t
         if HAS_SEQ:
             starts = document_start(seq + r * l, t0 + t, end)
-        tile = tiles + (r * lpad + t0) * (2 * N) + t
         started = chunk_states + t0 // T * step + plane
-        if PREFETCH:
+        if PREFETCH > 0:
             # A sector is 32 bytes: what the cache fetches.
             SECTOR: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
             sectors = tl.minimum(tl.program_id(0) * BD + tl.arange(0, BD // SECTOR) * SECTOR, d - 1)
             to = before.to(tl.int64)
-            fetch_lines(x + r * (sx * V) + to * SXL + (t[:, None] * SXL + sectors[None, :]))
-            fetch_lines(dt + r * (sdt * V) + to * SDTL + (t[:, None] * SDTL + sectors[None, :]))
-            fetch_lines(dy + r * (sy * V) + to * SYL + (t[:, None] * SYL + sectors[None, :]))
+            fetch_lines(x + r * (sx * V) + to * SXL + (t[:, None] * SXL + sectors[None, :]), PREFETCH)
+            fetch_lines(dt + r * (sdt * V) + to * SDTL + (t[:, None] * SDTL + sectors[None, :]), PREFETCH)
+            fetch_lines(dy + r * (sy * V) + to * SYL + (t[:, None] * SYL + sectors[None, :]), PREFETCH)
             if HAS_Z:
-                fetch_lines(z + r * (sz * V) + to * SZL + (t[:, None] * SZL + sectors[None, :]))
+                fetch_lines(z + r * (sz * V) + to * SZL + (t[:, None] * SZL + sectors[None, :]), PREFETCH)
             ns = tl.minimum(tl.arange(0, NP), N - 1)
+            fetch_lines(Bt + (r * N + ns) * lpad + before, PREFETCH)
+            fetch_lines(Ct + (r * N + ns) * lpad + before, PREFETCH)
             sectors = tl.minimum(tl.program_id(0) * BD + tl.arange(0, BD // 8) * 8, d - 1)
-            fetch_lines(chunk_states + before // T * step + r * N * d + (ns[:, None] * d + sectors[None, :]))
-        for k in tl.static_range(3 * NEAR):
-            touched += near[k]
+            fetch_lines(chunk_states + before // T * step + r * N * d + (ns[:, None] * d + sectors[None, :]), PREFETCH)
+        tl.debug_barrier()
         h = tl.load(started, mask=cm, other=0.0)
         back = tl.load(grads + mine, mask=cm, other=0.0)
         dA = tl.load(dA_part + mine, mask=cm & (j > 0), other=0.0)
@@ -280,8 +259,8 @@ def _gradient_kernel(
             back_next = tl.load(grads + mine + (n + 1) * d, mask=cm, other=0.0)
             dA_next = tl.load(dA_part + mine + (n + 1) * d, mask=cm & (j > 0), other=0.0)
             a2 = tl.load(A2 + n * d + ch, mask=cm, other=0.0)
-            bn = tl.load(tile + n * (2 * T))
-            cn = tl.load(tile + n * (2 * T) + T)
+            bn = tl.load(Bb + n * lpad + t0)
+            cn = tl.load(Cb + n * lpad + t0)
             decay = tl.exp2(dtv * a2[None, :])
             drive = dtx * bn[:, None]
             ask = gy * cn[:, None]
@@ -339,7 +318,6 @@ def _gradient_kernel(
         tl.store(dx + ob + o * SOL, dxv.to(dx.dtype.element_ty), mask=inside)
         tl.store(ddt + ob + o * SOL, ddtv.to(ddt.dtype.element_ty), mask=inside)
         t0 = before
-    tl.store(rows + b * lpad * (2 * NP) + ahead, touched)
     tl.store(dD_part + (seg * b + r) * d + ch, sum_D, mask=cm)
     tl.store(dbias_part + (seg * b + r) * d + ch, sum_bias, mask=cm)
 
@@ -442,7 +420,7 @@ def backward(dy: Tensor | None, dfinal: Tensor | None, i: ScanInputs, states: Te
             seq_idx=None if i.seq_idx is None else i.seq_idx.contiguous(),
         )  # fmt: skip
         dy = channels_last(dy, V)
-        p = prepare(i, T)
+        p = prepare(i, transposed=True)
         new: dict[str, Any] = {"dtype": torch.float32, "device": i.x.device}
         blocks = triton.cdiv(d, BD)
         dx, ddt = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (i.x, i.dt))
@@ -466,7 +444,7 @@ def backward(dy: Tensor | None, dfinal: Tensor | None, i: ScanInputs, states: Te
         _states_kernel[(triton.cdiv(d, BD_STATES), b, nseg)](
             i.x, i.dt, zz, dy, p.rows, *optional, states, chunk_states, i.x if i.z is None else dz, grads, total, alive,
             NP=triton.next_power_of_2(n), T=T_STATES, BD=BD_STATES, EVERY=T // T_STATES, EVEN=d % BD_STATES == 0,
-            maxnreg=STATES_MAX_REGISTERS,
+            maxnreg=STATES_MAX_REGISTERS, PREFETCH=PREFETCH,
             ALIGNED=i.lengths is None and l % T_STATES == 0 and d % BD_STATES == 0, **common, **strides(1, **tensors),
         )  # fmt: skip
         last = None if dfinal is None else dfinal.float().transpose(1, 2).contiguous()
@@ -477,7 +455,7 @@ def backward(dy: Tensor | None, dfinal: Tensor | None, i: ScanInputs, states: Te
         )  # fmt: skip
         dB_part, dC_part = torch.empty(2, blocks, b, n, p.lpad, **new)
         _gradient_kernel[(blocks, b, nseg)](
-            i.x, i.dt, zz, dy, p.rows, p.tiles, *optional, chunk_states, grads, dx, ddt, dB_part, dC_part, dA_part,
+            i.x, i.dt, zz, dy, p.Bt, p.Ct, *optional, chunk_states, grads, dx, ddt, dB_part, dC_part, dA_part,
             dh0_part if packed else dA_part, dD_part, dbias_part, NP=triton.next_power_of_2(n), T=T, BD=BD, V=V,
             EVEN=d % BD == 0, LANES=LANES, ALIGNED=i.lengths is None and l % T == 0 and d % BD == 0,
             PREFETCH=PREFETCH, UNROLL=UNROLL, maxnreg=MAX_REGISTERS, **common, **strides(V, **tensors),

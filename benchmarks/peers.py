@@ -199,7 +199,16 @@ class Rows:
 
 
 def run_model(
-    rows: Rows, name: str, model: Any, work: list[str], *, toy: bool, repeats: int, compile_limit: int, single: bool
+    rows: Rows,
+    name: str,
+    model: Any,
+    work: list[str],
+    *,
+    toy: bool,
+    repeats: int,
+    compile_limit: int,
+    single: bool,
+    long: bool,
 ) -> None:
     """All work of one model."""
     device, vocab = rows.device, model.config.vocab_size
@@ -255,6 +264,8 @@ def run_model(
 
     for kind, make in (("decode", decode), ("prefill", prefill), ("train", train)):
         for batch, length in shapes[kind] if kind in work else ():
+            if kind == "decode" and batch > 1 and not long:
+                continue
             rows.add(name, kind, batch, length, make(length))
             if rows.context_lost:
                 return
@@ -269,6 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile-limit", type=int, default=80, metavar="SECONDS", help="per compilation of a peer's step; 0: none"
     )
+    parser.add_argument(
+        "--long", nargs="*", choices=list(PEERS), default=list(PEERS), help="peers that decode at 8k as well"
+    )
     parser.add_argument("--compile-single", action="store_true", help="compile the step of batch 1 only")
     parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache for batch 1, no number")
     parser.add_argument("--repeats", type=int, default=5)
@@ -279,7 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compile_only:
         return compile_steps(args.peers, device, dtype, args.limit, toy=toy)
     machine()
-    for check in (lambda m, ids: [one_piece(m, ids)], loss_and_gradients):
+    checks = [lambda m, ids: [one_piece(m, ids)], *([loss_and_gradients] if "train" in args.work else [])]
+    for check in checks:
         check_against_plain(check, device=device, dtype=dtype, toy=toy)
     ceilings = measured_ceilings(device)
     rows = Rows(device)
@@ -298,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}: {count:,} parameters", flush=True)
                 run_model(
                     rows, name, model, args.work, toy=toy, repeats=args.repeats, compile_limit=args.compile_limit,
-                    single=args.compile_single,
+                    single=args.compile_single, long=name == "hymba" or name in args.long,
                 )  # fmt: skip
         except TookTooLongError as error:
             print(f"{name}: {error}", flush=True)

@@ -21,6 +21,7 @@ from benchmarks.common import measure, peak_bytes, report, spread
 from benchmarks.models import add_model_arguments, build, check_against_plain, hymba_config, needs_device, random_ids
 from benchmarks.roofline import measured_ceilings, prefill
 from hymba import HymbaCache
+from hymba.memory import generation_bytes
 
 
 @torch.no_grad()
@@ -75,7 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
         row: dict[str, Any] = {"kind": kind, "batch": batch, "length": length, "chunk": min(chunk, length)}
         row |= {"seconds": seconds, "tokens_per_s": batch * length / seconds["median"], "peak_bytes": peak.value}
         line = f"{kind:9} {batch:3d} x {length:6d}: {row['tokens_per_s']:9,.0f} tok/s, {1e3 * seconds['median']:.1f} ms"
-        line += f" ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), peak {peak.value / 2**30:.2f} GiB"
+        line += f" ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), peak {peak.value / 2**30:.2f} GiB "
+        need = generation_bytes(config, batch=batch, prompt=length, length=length, dtype=name, static=True, chunk=chunk)
+        row["estimated_bytes"] = need.total
+        line += f"(estimated {need.total / 2**30:.2f})"
         if ceilings is not None:
             moved, operations = prefill(config, batch, length, name)
             row["floor_s"] = ceilings.floor(moved, operations)

@@ -455,6 +455,9 @@ def test_inspect_needs_nothing_but_the_configuration(folder: Path, tmp_path: Pat
     assert facts["weight_bytes"] == 2 * facts["parameters"]["total"]
     held = cost.cache_bytes(config, 100, batch=3, dtype="float16", static=True)
     assert facts["cache_bytes"] == {"total": held.total, **held.to_dict()}
+    peak = facts["peak_bytes"]
+    assert peak["generation"] > facts["weight_bytes"] + held.total
+    assert peak["training_step_none"] > peak["training_step_selective"] > peak["training_step_full"]
     assert facts["flops_per_token"]["total"] == cost.flops_per_token(config, 100).total
     assert facts["layers"][2] == {"layer": 2, "mixer": "hybrid", "window": 16, "kv_from": 1, "ffn": True}
     assert facts["config"]["hidden_size"] == 32

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from hymba.layout import LayerSpec
 
 _COST = "Cost"
+_WORK = {
+    "generation": "prompt in one piece, and the cache",
+    "training_step_none": "training step",
+    "training_step_selective": "training step, activation_checkpointing: selective",
+    "training_step_full": "training step, activation_checkpointing: full",
+}
 # What the release sets and a reader compares; the lists of layers are in the map.
 _FIELDS = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads v_head_dim intermediate_size mlp_hidden_act "
@@ -66,7 +72,7 @@ def inspect(
 
 def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: str, static: bool) -> dict[str, Any]:
     """Everything that `inspect` prints, as plain values."""
-    from hymba import cost
+    from hymba import cost, memory
 
     if dtype == "auto":
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
@@ -88,6 +94,17 @@ def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: 
         "flops_of_text": cost.flops_of_text(config, length).total,
         "cache_bytes": {"total": cache.total, **cache.to_dict()},
         "paper_cache_bytes": cost.paper_cache_bytes(config),
+        "peak_bytes": {
+            "generation": memory.generation_bytes(
+                config, batch=batch, prompt=length, length=length, dtype=dtype, static=static
+            ).total,
+            **{
+                f"training_step_{policy}": memory.training_bytes(
+                    config, batch=batch, length=length, checkpointing=policy, fused_loss=True
+                ).total
+                for policy in memory.POLICIES
+            },
+        },
     }
 
 
@@ -175,6 +192,14 @@ def _page(facts: dict[str, Any], config: HymbaConfig) -> list[RenderableType]:
             },
         ),
         Text(f"the paper's arithmetic, 1 row of 8,000 tokens: {facts['paper_cache_bytes'] / 1e6:.2f} MB", "dim"),
+        title(
+            "Memory at the peak, estimated",
+            f"on a GPU, {rows} row{'s' if rows > 1 else ''} of {length:,} tokens; bfloat16 over float32, AdamW",
+        ),
+        _table(
+            ["work", "GiB"],
+            [(_WORK[work], f"{size / 2**30:.1f}") for work, size in facts["peak_bytes"].items()],
+        ),
     ]
 
 

@@ -101,7 +101,7 @@ def test_spread() -> None:
 # Runs.
 
 
-@pytest.mark.parametrize("name", ["prefill", "train", "cache", "length", "peers", "ops"])
+@pytest.mark.parametrize("name", ["prefill", "train", "cache", "length", "peers", "ops", "fused"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
@@ -130,6 +130,14 @@ def test_no_number_when_the_check_fails(monkeypatch: pytest.MonkeyPatch, capsys:
     with pytest.raises(SystemExit, match="no number"):
         prefill.main("--device cpu --length 48 --long 0".split())
     assert "tok/s" not in capsys.readouterr().out
+
+
+def test_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    status = benchmark("fused").main("--device cpu --tokens 4 --dtype float32 --repeats 1".split())
+    found = result(capsys)
+    assert status == 0 and found["benchmark"] == "fused"
+    assert {row["op"] for row in found["rows"]} >= {"norm", "mean of two norms", "swiglu", "rope", "loss"}
+    assert all(row["relative_error"] < 2e-5 for row in found["rows"])
 
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,31 +91,20 @@ def test_in_chunks(static: bool) -> None:
     assert largest(logits, want["logits"]) <= GPU_LOGITS
 
 
-def _stepwise(model: Any, ids: Tensor, *, fused: bool) -> Tensor:
-    """Logits of all tokens: two at once, the others one at a time."""
+@torch.no_grad()
+def test_steps_in_bfloat16() -> None:
+    """By modules: the fused step refuses heads as narrow as these, and is tested at the released shape."""
+    model, want = _loaded(LAYOUT, torch.bfloat16)
+    assert why_not_fused(model) is not None
+    ids = want["input_ids"]
     held = HymbaCache(model.config, max_length=ids.shape[1])
     parts = [model(ids[:, :2], past_key_values=held).logits]
-    step = DecodeStep(model, held, fused=fused)
+    step = DecodeStep(model, held, fused=False)
     for t in range(2, ids.shape[1]):
         step.tokens.copy_(ids[:, t])
         step.run()
         parts.append(step.logits[:, None].clone())
-    return torch.cat(parts, dim=1)
-
-
-@torch.no_grad()
-def test_fused_steps(case: str) -> None:
-    model, want = _loaded(case, torch.float32)
-    if reason := why_not_fused(model):
-        pytest.skip(f"no fused step for this model: {reason}")
-    assert largest(_stepwise(model, want["input_ids"], fused=True), want["logits"]) <= GPU_LOGITS
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "modules"])
-@torch.no_grad()
-def test_steps_in_bfloat16(fused: bool) -> None:
-    model, want = _loaded(LAYOUT, torch.bfloat16)
-    assert relative(_stepwise(model, want["input_ids"], fused=fused), want["logits"]) <= GPU_BFLOAT16
+    assert relative(torch.cat(parts, dim=1), want["logits"]) <= GPU_BFLOAT16
 
 
 @pytest.mark.parametrize("kind", ["left", "right"])

@@ -6,14 +6,18 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
+_ORDINARY = (nn.Parameter, torch.Tensor)
+
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nothing but `kind.forward` happens when the module is called.
 
     False for subclasses and replacements (adapters, quantised layers), a `forward` of its own (offloading),
-    parametrised weights, and any hook on it or on all modules: those must see the module called.
+    parametrised weights, weights of a tensor class of their own (quantised or distributed ones), and any hook on it or on all modules: those must see the module called.
     """
     if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if any(type(p) not in _ORDINARY for p in module._parameters.values() if p is not None):
         return False
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if own:

@@ -13,7 +13,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether nothing but `kind.forward` happens when the module is called.
 
     False for subclasses and replacements (adapters, quantised layers), a `forward` of its own (offloading),
-    parametrised weights, weights of a tensor class of their own (quantised or distributed ones), and any hook on it or on all modules: those must see the module called.
+    parametrised weights, weights of a tensor class of their own (quantised or distributed ones), and any hook on it
+    or on all modules: those must see the module called.
     """
     if type(module) is not kind or "forward" in module.__dict__:
         return False

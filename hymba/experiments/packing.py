@@ -19,7 +19,17 @@ from torch.utils.data import Dataset
 IGNORED = -100
 
 
-class TokenRows(Dataset[dict[str, Tensor]]):
+class Rows(Dataset[dict[str, Tensor]]):
+    """``rows`` rows of ``length`` token ids, whose order is the order of training."""
+
+    rows: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+class TokenRows(Rows):
     """``rows`` rows of ``length`` token ids; as many passes over the documents as that takes.
 
     Items hold ``input_ids`` and ``labels`` (length,) int64. With ``layout="packed"`` they also hold
@@ -65,9 +75,6 @@ class TokenRows(Dataset[dict[str, Tensor]]):
     def passes(self) -> float:
         """How often the rows go through the corpus."""
         return self.rows / self.rows_per_pass
-
-    def __len__(self) -> int:
-        return self.rows
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.rows:

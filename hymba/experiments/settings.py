@@ -215,9 +215,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
-def settings_from(kind: type[Section], raw: Mapping[str, Any], *, where: str) -> Section:
-    """One section from a mapping, with the checks of :func:`load_settings`; ``where`` names its source in errors."""
-    section = _build(kind, raw, prefix="", where=where)
+def settings_from(kind: type[Section], raw: Mapping[str, Any], *, where: str, prefix: str = "") -> Section:
+    """One section from a mapping, with the checks of :func:`load_settings`.
+
+    ``where`` names its source in errors, ``prefix`` (``"data.task."``) stands before its keys there.
+    """
+    section = _build(kind, raw, prefix=prefix, where=where)
     assert isinstance(section, kind)
     return section
 

@@ -64,13 +64,11 @@ def decode(config: HymbaConfig, batch: int, length: int, dtype: str) -> tuple[in
     cache = cache_bytes(config, length, batch=batch, dtype=dtype, static=True)
     moved = weight_bytes(config, dtype) + cache.total + cache.ssm + cache.conv
     # A layer that borrows keys and values reads its lender's.
-    borrowed = sum(_slots(config, spec, length) for spec in config.layers if spec.kv_from is not None)
-    return moved + batch * borrowed * _position_bytes(config, dtype), batch * flops_per_token(config, length).total
+    borrowed = sum(
+        _slots(config, spec, length) * kv_width(config, spec) for spec in config.layers if spec.kv_from is not None
+    )
+    return moved + batch * borrowed * DTYPE_BYTES[dtype], batch * flops_per_token(config, length).total
 
 
 def _slots(config: HymbaConfig, spec: Any, length: int) -> int:
     return length if spec.window is None else min(length, spec.window + 1)
-
-
-def _position_bytes(config: HymbaConfig, dtype: str) -> int:
-    return kv_width(config) * DTYPE_BYTES[dtype]

@@ -77,9 +77,9 @@ class HymbaCache(Cache):
         specs = self.config.layers
         self.layers: list[LayerState] = [
             LayerState(
-                kv=None
-                if spec.kv_from is not None
-                else KVState(window=spec.window, capacity=self.max_length, in_place=True),
+                kv=KVState(window=spec.window, capacity=self.max_length, in_place=True)
+                if spec.attends and spec.kv_from is None
+                else None,
                 in_place=True,
             )
             for spec in specs
@@ -422,7 +422,7 @@ class HymbaCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [spec.window is not None for spec in self.config.layers]
+        return [spec.attends and spec.window is not None for spec in self.config.layers]
 
     def has_previous_state(self, layer_idx: int | None = None) -> bool:
         return self.columns > 0

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -16,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldVal
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hymba.layout import LayerSpec, released_layers
+from hymba.layout import LayerSpec, pattern_layers, released_layers
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +96,9 @@ class HymbaConfig(PreTrainedConfig):
         sliding_window: past positions that a windowed layer sees besides itself; `None` makes every layer global.
         global_attn_idx: layers without a window; `None` equals `[]`.
         kv_reuse_group, kv_reuse_every_i_layer: the two forms of cross-layer KV sharing.
+        layer_pattern: other architectures than the released ones: a list of layers, each a mapping with the fields of
+            `hymba.layout.LayerSpec` (and `repeat`). It takes the place of `sliding_window`, `global_attn_idx` and the
+            two forms of KV sharing; the reference cannot read a file that has it.
         rope_type: `"ntk"` (fixed change of base), `"default"` or `None`.
         kq_norm: `"none"`, `"rms"` or `"perhead-rms"`: norm on queries and keys before the rotation.
 
@@ -131,6 +135,7 @@ class HymbaConfig(PreTrainedConfig):
     kv_reuse_every_i_layer: int | None = -1
     kq_norm: str | None = "none"
     v_head_dim: int | None = None
+    layer_pattern: list[dict] | None = None
 
     rope: bool = True
     rope_type: str | None = "ntk"
@@ -190,6 +195,8 @@ class HymbaConfig(PreTrainedConfig):
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The architecture as data, one spec per layer."""
+        if self.layer_pattern is not None:
+            return pattern_layers(self.layer_pattern)
         return released_layers(
             self.num_hidden_layers,
             window=self.sliding_window,
@@ -202,7 +209,7 @@ class HymbaConfig(PreTrainedConfig):
     def layer_types(self) -> list[str] | None:
         """The layers in transformers' words, which its caches ask for; `None` before the fields have been checked."""
         try:
-            return ["hybrid" if spec.window is None else "hybrid_sliding" for spec in self.layers]
+            return [_layer_type(spec) for spec in self.layers]
         except (TypeError, ValueError):
             return None
 
@@ -215,6 +222,14 @@ class HymbaConfig(PreTrainedConfig):
     def d_inner(self) -> int:
         """Width of the Mamba branch and of the attention branch's output."""
         return self.mamba_expand * self.hidden_size
+
+    def attention_shape(self, spec: LayerSpec) -> tuple[int, int, int]:
+        """Query heads, key/value heads and width of a value head of a layer with attention heads."""
+        heads = spec.heads or self.num_attention_heads
+        kv_heads = spec.kv_heads or (heads if spec.heads else int(self.num_key_value_heads or heads))
+        if spec.v_head_dim is not None:
+            return heads, kv_heads, spec.v_head_dim
+        return heads, kv_heads, self.head_dim if spec.mixer == "attention" else int(self.v_head_dim or 0)
 
     @property
     def rope_base(self) -> float:
@@ -301,7 +316,35 @@ class HymbaConfig(PreTrainedConfig):
             original = self.orig_max_position_embeddings or self.max_position_embeddings
             if 2 * self.max_position_embeddings / original <= 1:
                 refuse("orig_max_position_embeddings", f"less than 2 * {self.max_position_embeddings}")
-        _ = self.layers
+        self._validate_layers(refuse)
+
+    def _validate_layers(self, refuse: Callable[[str, str], None]) -> None:
+        specs = self.layers
+        if self.layer_pattern is None:
+            return
+        for field, off in (
+            ("global_attn_idx", None),
+            ("kv_reuse_group", None),
+            ("kv_reuse_every_i_layer", -1),
+            ("layer_type", None),
+        ):
+            if getattr(self, field) not in (off, None):
+                refuse(field, f"{'null' if off is None else off}, since layer_pattern says what each layer is")
+        if len(specs) != self.num_hidden_layers:
+            refuse("num_hidden_layers", f"{len(specs)}, the number of layers in layer_pattern")
+        for i, spec in enumerate(specs):
+            heads, kv_heads, value = self.attention_shape(spec)
+            if not spec.attends:
+                continue
+            if heads % kv_heads:
+                raise ConfigError(
+                    f"layer_pattern: layer {i} has kv_heads={kv_heads}; allowed: divisors of its {heads} heads"
+                )
+            if spec.mixer == "hybrid" and spec.fusion == "mean" and heads * value != self.d_inner:
+                raise ConfigError(
+                    f"layer_pattern: layer {i} has heads={heads} with values of width {value}, {heads * value} in all; "
+                    f'allowed with fusion="mean": {self.d_inner} in all, or fusion="concat"'
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -352,7 +395,9 @@ class HymbaConfig(PreTrainedConfig):
         """All fields as plain values, readable by the reference."""
         output = super().to_dict()
         output.pop("rope_parameters", None)
-        output["attn_implementation"] = output["attn_implementation_new"] = "flex"
+        if output.get("layer_pattern") is None:
+            output.pop("layer_pattern", None)
+            output["attn_implementation"] = output["attn_implementation_new"] = "flex"
         # Code beside the checkpoint is not copied on save; a link into a repository ("repo--module.Class") stays valid.
         auto_map = {k: v for k, v in (output.pop("auto_map", None) or {}).items() if "--" in str(v)}
         if auto_map:
@@ -377,9 +422,23 @@ _STATE_FIELDS = (
 ).split()
 
 
+def _layer_type(spec: LayerSpec) -> str:
+    if spec.mixer == "mamba":
+        return "linear_attention"
+    kind = "hybrid" if spec.mixer == "hybrid" else "full_attention"
+    return kind if spec.window is None else {"hybrid": "hybrid_sliding", "full_attention": "sliding_attention"}[kind]
+
+
+def _spec_values(config: HymbaConfig, spec: LayerSpec) -> list[Any]:
+    """What the state of a layer depends on; short for a hybrid layer of the configuration's shape."""
+    extra = [spec.mixer, *config.attention_shape(spec)]
+    plain = [*config.attention_shape(LayerSpec())]
+    return [spec.window, spec.kv_from] + (extra if extra != ["hybrid", *plain] else [])
+
+
 def architecture(config: HymbaConfig) -> dict[str, Any]:
     """What a state depends on besides the weights, as plain values by name."""
-    layers = {f"layer {i}": [spec.window, spec.kv_from] for i, spec in enumerate(config.layers)}
+    layers = {f"layer {i}": _spec_values(config, spec) for i, spec in enumerate(config.layers)}
     fields = {name: getattr(config, name) for name in _STATE_FIELDS}
     return {"num_hidden_layers": len(layers), **fields, "kq_norm": config.kq_norm or "none", **layers}
 

@@ -40,7 +40,7 @@ class Parameters(Parts):
         meta_tokens: the learned vectors before the text.
         attention: projections to queries, keys and values, and their norms.
         mamba: projections to SSM input and gate, convolution, step size, B, C, A, D, and the three norms.
-        fusion: the norm of each branch and the output projection.
+        fusion: the output projection and, where there are two branches, the norm of each.
         mlp: the feed-forward halves.
         norms: before each mixer and MLP, and the last one.
     """
@@ -101,12 +101,16 @@ def parameters(config: HymbaConfig) -> Parameters:
     bias = 1 if config.mamba_proj_bias else 0
     attention = mamba = fusion = mlp = norms = 0
     for spec in config.layers:
-        attention += qkv_width(config, spec) * (d + bias) + _qk_norm(config)
-        mamba += 2 * inner * (d + bias)
-        mamba += inner * (config.mamba_d_conv + 1) + inner * (rank + 2 * state) + rank * inner
-        # dt_bias, A_log and D, then the norms of step size, B and C.
-        mamba += inner * (2 + state) + rank + 2 * state
-        fusion += 2 * inner + d * (inner + bias)
+        if spec.attends:
+            attention += qkv_width(config, spec) * (d + bias) + _qk_norm(config, spec)
+        if spec.scans:
+            mamba += 2 * inner * (d + bias)
+            mamba += inner * (config.mamba_d_conv + 1) + inner * (rank + 2 * state) + rank * inner
+            # dt_bias, A_log and D, then the norms of step size, B and C.
+            mamba += inner * (2 + state) + rank + 2 * state
+        fusion += d * (fused_width(config, spec) + bias)
+        if spec.mixer == "hybrid":
+            fusion += attended_width(config, spec) + inner
         norms += d
         if spec.ffn:
             mlp += mlp_matrices(config) * d * config.intermediate_size
@@ -165,22 +169,21 @@ def cache_bytes(
     if name not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r}: allowed: {', '.join(DTYPE_BYTES)}")
     width = DTYPE_BYTES[name]
-    position = kv_width(config) * width
-    slots = {None: 0, "windowed": 0}
-    owners = 0
+    global_kv = windowed_kv = meta_kv = 0
     for spec in config.layers:
-        if spec.kv_from is not None:
+        if not spec.attends or spec.kv_from is not None:
             continue
-        owners += 1
+        position = kv_width(config, spec) * width
+        meta_kv += config.num_memory_tokens * position
         if spec.window is None:
-            slots[None] += length
+            global_kv += length * position
         else:
-            slots["windowed"] += min(length, spec.window + (1 if static else 0))
-    layers, inner = config.num_hidden_layers, config.d_inner
+            windowed_kv += min(length, spec.window + (1 if static else 0)) * position
+    layers, inner = sum(spec.scans for spec in config.layers), config.d_inner
     return CacheBytes(
-        global_kv=batch * slots[None] * position,
-        windowed_kv=batch * slots["windowed"] * position,
-        meta_kv=owners * config.num_memory_tokens * position,
+        global_kv=batch * global_kv,
+        windowed_kv=batch * windowed_kv,
+        meta_kv=meta_kv,
         conv=batch * layers * inner * (config.mamba_d_conv - 1) * width,
         ssm=batch * layers * inner * config.mamba_d_state * _SSM_BYTES,
     )
@@ -195,12 +198,15 @@ def paper_cache_bytes(config: HymbaConfig, length: int = 8000) -> float:
     """
     _check("length", length, 0)
     specs = config.layers
-    windowed = [spec for spec in specs if spec.window is not None]
     share = 2 if any(spec.kv_from is not None for spec in specs) else 1
-    slots = (len(specs) - len(windowed)) * (length + config.num_memory_tokens)
-    ring = (config.sliding_window or 0) * len(windowed) / share
-    state = len(specs) * config.d_inner * config.mamba_d_state
-    return 2 * (kv_width(config) * (slots + ring) + state)
+    numbers = 0.0
+    for spec in specs:
+        if spec.attends:
+            slots = length + config.num_memory_tokens if spec.window is None else spec.window / share
+            numbers += kv_width(config, spec) * slots
+        if spec.scans:
+            numbers += config.d_inner * config.mamba_d_state
+    return 2 * numbers
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -208,21 +214,39 @@ def _check(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}={value!r}: allowed: integers from {least}")
 
 
-def kv_width(config: HymbaConfig) -> int:
-    """Numbers that one position's key and value take up on one layer."""
-    return int(config.num_key_value_heads or 0) * (config.head_dim + int(config.v_head_dim or 0))
+def kv_width(config: HymbaConfig, spec: LayerSpec) -> int:
+    """Numbers that one position's key and value take up on a layer with attention heads."""
+    _, kv_heads, value = config.attention_shape(spec)
+    return kv_heads * (config.head_dim + value)
 
 
 def qkv_width(config: HymbaConfig, spec: LayerSpec) -> int:
-    """Rows of the input projection that make queries, keys and values."""
-    return config.hidden_size + (kv_width(config) if spec.kv_from is None else 0)
+    """Rows of the input projection that make queries, keys and values; 0 without attention heads."""
+    if not spec.attends:
+        return 0
+    heads, _, _ = config.attention_shape(spec)
+    return heads * config.head_dim + (kv_width(config, spec) if spec.kv_from is None else 0)
 
 
-def _qk_norm(config: HymbaConfig) -> int:
+def attended_width(config: HymbaConfig, spec: LayerSpec) -> int:
+    """Width of the attention branch's output; 0 without attention heads."""
+    heads, _, value = config.attention_shape(spec)
+    return heads * value if spec.attends else 0
+
+
+def fused_width(config: HymbaConfig, spec: LayerSpec) -> int:
+    """What the output projection reads."""
+    scanned = config.d_inner if spec.scans else 0
+    both = (attended_width(config, spec), scanned)
+    return sum(both) if spec.fusion == "concat" else max(both)
+
+
+def _qk_norm(config: HymbaConfig, spec: LayerSpec) -> int:
+    heads, kv_heads, _ = config.attention_shape(spec)
     if config.kq_norm == "rms":
         return 2 * config.head_dim
     if config.kq_norm == "perhead-rms":
-        return (config.num_attention_heads + int(config.num_key_value_heads or 0)) * config.head_dim
+        return (heads + kv_heads) * config.head_dim
     return 0
 
 
@@ -239,17 +263,20 @@ def _flops(config: HymbaConfig, *, tokens: int, visible: Any) -> Flops:
     """FLOPs of `tokens` tokens whose visible keys, summed over them, are `visible(window)` on a layer."""
     d, inner, state = config.hidden_size, config.d_inner, config.mamba_d_state
     rank = int(config.mamba_dt_rank)
-    # A key costs one product of width head_dim and one of width v_head_dim in every query head.
-    per_key = 2 * config.num_attention_heads * (config.head_dim + int(config.v_head_dim or 0))
     # Per channel and state: dt*A, exp, (dt*x)*B, state*decay, their sum, times C, added up; per channel: dt*x,
     # D*x added, times the gate.
     scan = inner * (7 * state + 4)
     branch = 2 * inner * (config.mamba_d_conv + rank + 2 * state + rank) + scan
     projections = attention = mamba = mlp = 0
     for spec in config.layers:
-        projections += 2 * d * (qkv_width(config, spec) + 2 * inner + inner)
-        attention += per_key * visible(spec.window)
-        mamba += branch
+        projections += 2 * d * (qkv_width(config, spec) + fused_width(config, spec))
+        if spec.attends:
+            # A key costs one product of width head_dim and one of width v_head_dim in every query head.
+            heads, _, value = config.attention_shape(spec)
+            attention += 2 * heads * (config.head_dim + value) * visible(spec.window)
+        if spec.scans:
+            projections += 2 * d * 2 * inner
+            mamba += branch
         mlp += 2 * mlp_matrices(config) * d * config.intermediate_size if spec.ffn else 0
     return Flops(
         projections=tokens * projections,

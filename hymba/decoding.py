@@ -40,7 +40,10 @@ def why_not_fused(model: HymbaForCausalLM) -> str | None:
             return f"{name} is a {type(module).__name__}"
     for block in model.model.layers:
         if not isinstance(block, HymbaBlock) or type(block.mixer) is not HybridHeads:
-            return f"layer of type {type(block).__name__}"
+            mixer = getattr(block, "mixer", block)
+            return f"a layer with the mixer {type(mixer).__name__}"
+        if block.mixer.fusion != "mean":
+            return f"fusion={block.mixer.fusion!r}"
         linears = [block.mixer.in_proj, block.mixer.out_proj, block.mixer.mamba.x_proj, block.mixer.mamba.dt_proj]
         if any(type(linear) is not nn.Linear for linear in linears):
             return "a projection that is not a plain nn.Linear"

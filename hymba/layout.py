@@ -7,8 +7,13 @@ Nothing here depends on torch or transformers. The released checkpoints describe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+MIXERS = ("hybrid", "attention", "mamba")
+FUSIONS = ("mean", "concat")
 
 
 @dataclass(frozen=True)
@@ -16,21 +21,40 @@ class LayerSpec:
     """One layer of the network.
 
     Attributes:
-        mixer: which heads mix tokens: `"hybrid"` (attention and Mamba heads in parallel).
+        mixer: which heads mix tokens: `"hybrid"` (attention and Mamba heads in parallel), `"attention"` or `"mamba"`.
         window: how many past positions an attention head sees besides itself and the meta tokens;
             `None` is a global layer.
         kv_from: index of the layer whose keys and values this one borrows; `None` when it computes its own.
         ffn: whether an MLP follows the mixer.
+        fusion: how a hybrid layer joins its branches: `"mean"` of their norms, or `"concat"`, one projection over both.
+        heads, kv_heads: attention heads and key/value heads of this layer; `None` is the configuration's. Fewer heads
+            make a narrower branch, so a hybrid layer with fewer needs `"concat"`.
+        v_head_dim: width of a value head; `None` is the configuration's on a hybrid layer, and that of a query head on
+            an attention layer.
     """
 
     mixer: str = "hybrid"
     window: int | None = None
     kv_from: int | None = None
     ffn: bool = True
+    fusion: str = "mean"
+    heads: int | None = None
+    kv_heads: int | None = None
+    v_head_dim: int | None = None
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer has attention heads."""
+        return self.mixer != "mamba"
+
+    @property
+    def scans(self) -> bool:
+        """Whether the layer has Mamba heads."""
+        return self.mixer != "attention"
 
     @property
     def is_global(self) -> bool:
-        return self.window is None
+        return self.attends and self.window is None
 
 
 class LayoutError(ValueError):
@@ -115,6 +139,94 @@ def released_layers(
         borrows.update(dict.fromkeys(members[1:], members[0]))
 
     return tuple(LayerSpec(window=None if is_global[i] else window, kv_from=borrows.get(i)) for i in range(num_layers))
+
+
+def pattern_layers(pattern: Sequence[Mapping[str, Any]]) -> tuple[LayerSpec, ...]:
+    """Layer specs from a list of plain mappings, the `layer_pattern` of a configuration.
+
+    Each entry has the fields of `LayerSpec` by name and, optionally, `repeat`: how many such layers follow one another.
+    `kv_from` counts layers, repeated ones included; `"previous"` is the layer before, or the one it borrows from.
+
+    Raises:
+        LayoutError: an unknown key (with the nearest), a value of the wrong kind, a lender that is no earlier layer
+            with keys and values of its own and the same window and heads.
+    """
+    known = [field.name for field in fields(LayerSpec)]
+    if not pattern:
+        raise LayoutError("layer_pattern=[]: allowed: at least one layer")
+    layers: list[LayerSpec] = []
+    for number, entry in enumerate(pattern):
+        where = f"layer_pattern[{number}]"
+        if not isinstance(entry, Mapping):
+            raise LayoutError(f"{where}={entry!r}: allowed: a mapping with keys {', '.join([*known, 'repeat'])}")
+        for key in entry:
+            if key not in [*known, "repeat"]:
+                close = difflib.get_close_matches(str(key), [*known, "repeat"], n=1, cutoff=0)
+                raise LayoutError(
+                    f"{where} has no key {key!r}; nearest: {close[0]!r}; keys: {', '.join(known)}, repeat"
+                )
+        repeat = entry.get("repeat", 1)
+        _check_entry(where, entry, repeat)
+        for _ in range(repeat):
+            values = {key: value for key, value in entry.items() if key != "repeat"}
+            if values.get("kv_from") == "previous":
+                values["kv_from"] = _owner(where, layers, len(layers) - 1)
+            spec = LayerSpec(**values)
+            if spec.kv_from is not None:
+                _check_lender(where, spec, layers)
+            layers.append(spec)
+    return tuple(layers)
+
+
+def _owner(where: str, layers: Sequence[LayerSpec], index: int) -> int:
+    if index < 0:
+        raise LayoutError(f"{where}.kv_from='previous': there is no layer before the first")
+    lender = layers[index].kv_from
+    return index if lender is None else lender
+
+
+def _check_entry(where: str, entry: Mapping[str, Any], repeat: Any) -> None:
+    def refuse(key: str, allowed: str) -> None:
+        raise LayoutError(f"{where}.{key}={entry.get(key)!r}: allowed: {allowed}")
+
+    def whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if not whole(repeat, 1):
+        refuse("repeat", "integers from 1")
+    if entry.get("mixer", "hybrid") not in MIXERS:
+        refuse("mixer", ", ".join(MIXERS))
+    if entry.get("fusion", "mean") not in FUSIONS:
+        refuse("fusion", ", ".join(FUSIONS))
+    if not isinstance(entry.get("ffn", True), bool):
+        refuse("ffn", "true or false")
+    for key in ("window", "heads", "kv_heads", "v_head_dim"):
+        if entry.get(key) is not None and not whole(entry[key], 1):
+            refuse(key, "integers from 1, or null")
+    if entry.get("kv_from") not in (None, "previous") and not whole(entry["kv_from"], 0):
+        refuse("kv_from", 'a layer index, "previous", or null')
+    mixer = entry.get("mixer", "hybrid")
+    if mixer == "mamba":
+        for key in ("window", "kv_from", "heads", "kv_heads", "v_head_dim"):
+            if entry.get(key) is not None:
+                refuse(key, "null on a layer without attention heads")
+    if mixer != "hybrid" and "fusion" in entry:
+        refuse("fusion", "only on a hybrid layer, which has two branches to join")
+
+
+def _check_lender(where: str, spec: LayerSpec, layers: Sequence[LayerSpec]) -> None:
+    lender = spec.kv_from
+    assert lender is not None
+    if lender >= len(layers) or not layers[lender].attends or layers[lender].kv_from is not None:
+        raise LayoutError(
+            f"{where}.kv_from={lender}: allowed: an earlier layer with attention heads and keys and values of its own"
+        )
+    for key in ("window", "kv_heads"):
+        mine, theirs = getattr(spec, key), getattr(layers[lender], key)
+        if mine != theirs:
+            raise LayoutError(
+                f"{where}.{key}={mine}: allowed: {theirs}, that of layer {lender}, whose keys and values it borrows"
+            )
 
 
 def lenders(layers: Sequence[LayerSpec]) -> frozenset[int]:

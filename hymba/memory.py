@@ -76,7 +76,7 @@ def generation_bytes(
     total = cache.total
     if not static:
         # The largest buffer exists twice while it grows by a quarter.
-        owners = sum(spec.kv_from is None and spec.window is None for spec in config.layers)
+        owners = sum(spec.is_global and spec.kv_from is None for spec in config.layers)
         total += cache.global_kv // 4 + (5 * cache.global_kv // (4 * owners) if owners else 0)
     return MemoryBytes(
         weights=cost.parameters(config).total * width,
@@ -143,17 +143,21 @@ def training_bytes(
 
 def _kept(config: HymbaConfig, spec: LayerSpec, checkpointing: str) -> int:
     """Numbers that a layer keeps for backward, per token."""
-    d, inner, state = config.hidden_size, config.d_inner, config.mamba_d_state
+    d, state = config.hidden_size, config.mamba_d_state
+    inner = config.d_inner if spec.scans else 0
+    owns = spec.attends and spec.kv_from is None
     if checkpointing == "full":
         # The layer's input, and keys and values that others may borrow.
-        return d + cost.kv_width(config) * (spec.kv_from is None)
+        return d + (cost.kv_width(config, spec) if owns else 0)
     rank, ffn = int(config.mamba_dt_rank), config.intermediate_size if spec.ffn else 0
     matrices = cost.mlp_matrices(config) if spec.ffn else 0
     # The residual stream twice; the projection's output; rotated queries and keys; what attention and scan put out,
     # the states inside the scan, B, C and the rank of dt; what MLP products read.
-    keys = int(config.num_key_value_heads or 0) * config.head_dim * (spec.kv_from is None)
+    keys = config.attention_shape(spec)[1] * config.head_dim if owns else 0
     kept = 2 * d + cost.qkv_width(config, spec) + 2 * inner + d + keys
-    kept += 2 * inner + 2 * inner * state // _SCAN_CHUNK + 2 * (rank + 2 * state) + (matrices - 1) * ffn
+    kept += cost.attended_width(config, spec) + (matrices - 1) * ffn
+    if spec.scans:
+        kept += inner + 2 * inner * state // _SCAN_CHUNK + 2 * (rank + 2 * state)
     if checkpointing == "none":
         # Outputs of both norms, convolution, step sizes, the branches' mean, and the MLP's product.
         kept += 2 * d + 3 * inner + ffn
@@ -162,14 +166,15 @@ def _kept(config: HymbaConfig, spec: LayerSpec, checkpointing: str) -> int:
 
 def _widest_moment(config: HymbaConfig, spec: LayerSpec) -> int:
     """Numbers that exist together in a forward pass without gradients, per token."""
-    d, inner = config.hidden_size, config.d_inner
+    d, inner = config.hidden_size, config.d_inner if spec.scans else 0
     ffn = config.intermediate_size * cost.mlp_matrices(config) if spec.ffn else 0
     # In the scan: embeddings, residual stream and normed input, the projection's output, rotated queries, what
     # attention put out, the convolution's output, step sizes, and what the scan puts out.
     projected = cost.qkv_width(config, spec) + 2 * inner
     # In the MLP: embeddings, the stream before, behind and between, its normed form, the products, and the projection
     # whose values are shared.
-    return max(3 * d + projected + d + 4 * inner, 5 * d + ffn + (projected if spec.kv_from is None else 0))
+    attended = cost.attended_width(config, spec)
+    return max(3 * d + projected + d + attended + 3 * inner, 5 * d + ffn + (projected if spec.kv_from is None else 0))
 
 
 def enabled() -> bool:

@@ -18,8 +18,9 @@ from hymba.cache import HymbaCache, as_hymba_cache
 from hymba.config import HymbaConfig, check_attention_implementation
 from hymba.generation import HymbaGenerationMixin
 from hymba.inputs import Compaction, InputError, check_ids, check_keywords, check_mask, documents, readable
+from hymba.layout import LayerSpec
 from hymba.loading import CheckpointMixin
-from hymba.nn import Collected, HymbaBlock, LayerState, MetaTokens, PrefixRun, RMSNorm, SharedKV, Span
+from hymba.nn import AttentionHeads, Collected, HymbaBlock, LayerState, MetaTokens, PrefixRun, RMSNorm, SharedKV, Span
 from hymba.nn.init import initialise
 from hymba.ops.recompute import recomputed
 from hymba.training import ActivationMixin, can_fuse_loss, fused_loss
@@ -36,6 +37,34 @@ _FORWARD = (
 
 # Guards the count of open frozen_meta_state() scopes, which threads may share.
 _SCOPES = threading.Lock()
+
+
+def _mixer_arguments(config: HymbaConfig, spec: LayerSpec) -> dict[str, Any]:
+    """Keyword arguments of a layer's mixer."""
+    arguments: dict[str, Any] = {"bias": config.mamba_proj_bias}
+    if spec.attends:
+        heads, kv_heads, v_head_dim = config.attention_shape(spec)
+        arguments |= {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": config.head_dim,
+            "v_head_dim": v_head_dim,
+            "window": spec.window,
+            "borrows_kv": spec.kv_from is not None,
+            "rope_base": config.rope_base,
+            "qk_norm": config.kq_norm,
+            "dropout": float(config.attention_dropout),
+        }
+    if spec.scans:
+        arguments |= {
+            "expand": config.mamba_expand,
+            "d_state": config.mamba_d_state,
+            "d_conv": config.mamba_d_conv,
+            "dt_rank": int(config.mamba_dt_rank),
+        }
+    if spec.mixer == "hybrid":
+        arguments["fusion"] = spec.fusion
+    return arguments
 
 
 class HymbaPreTrainedModel(CheckpointMixin, ActivationMixin, PreTrainedModel):
@@ -73,8 +102,8 @@ class HymbaPreTrainedModel(CheckpointMixin, ActivationMixin, PreTrainedModel):
     def _set_attention(self) -> None:
         eager = self.config._attn_implementation == "eager"
         for module in self.modules():
-            if isinstance(module, HymbaBlock):
-                module.mixer.attention.implementation = "eager" if eager else "sdpa"
+            if isinstance(module, AttentionHeads):
+                module.implementation = "eager" if eager else "sdpa"
 
 
 class HymbaModel(HymbaPreTrainedModel):
@@ -103,18 +132,8 @@ class HymbaModel(HymbaPreTrainedModel):
                 intermediate_size=config.intermediate_size if spec.ffn else None,
                 activation=config.mlp_hidden_act,
                 eps=config.rms_norm_eps,
-                num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
-                expand=config.mamba_expand,
-                d_state=config.mamba_d_state,
-                d_conv=config.mamba_d_conv,
-                dt_rank=int(config.mamba_dt_rank),
-                window=spec.window,
-                borrows_kv=spec.kv_from is not None,
-                rope_base=config.rope_base,
-                qk_norm=config.kq_norm,
-                dropout=float(config.attention_dropout),
-                bias=config.mamba_proj_bias,
+                kind=spec.mixer,
+                **_mixer_arguments(config, spec),
             )
             for spec in specs
         )
@@ -214,7 +233,8 @@ class HymbaModel(HymbaPreTrainedModel):
             past_key_values: a `HymbaCache`, or an empty stock cache, which is turned into one.
             use_cache: return a cache; by default when not training and nothing is packed.
             seq_idx, cu_seq_lens_q: documents of packed rows, as transformers' padding-free collators send them.
-            output_attentions: attention weights (b, heads, l, meta + past + l) per layer, meta columns first.
+            output_attentions: attention weights (b, heads, l, meta + past + l) per layer, meta columns first; `None`
+                for a layer without attention heads.
 
         Returns:
             `last_hidden_state` (b, l, hidden_size): one row per text token, as in all of the output.
@@ -277,7 +297,7 @@ class HymbaModel(HymbaPreTrainedModel):
         attentions = None
         if weights is not None:
             valid = None if cache is None else cache.valid_columns()
-            attentions = tuple(self._by_column(w, span, compaction, valid) for w in weights)
+            attentions = tuple(None if w is None else self._by_column(w, span, compaction, valid) for w in weights)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache if use_cache is not False else None,
@@ -359,12 +379,12 @@ class HymbaModel(HymbaPreTrainedModel):
         cache: HymbaCache | None,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
-    ) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor]] | None]:
+    ) -> tuple[Tensor, list[Tensor] | None, list[list[Tensor] | None] | None]:
         """All layers; the hidden states before each and the attention weights with their key positions."""
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         want_weights = self.config.output_attentions if output_attentions is None else output_attentions
         hidden: list[Tensor] | None = [] if want_hidden else None
-        weights: list[list[Tensor]] | None = [] if want_weights else None
+        weights: list[list[Tensor] | None] | None = [] if want_weights else None
         # Keys and values go with their last borrower, and keep no projection alive that nothing else keeps.
         last = {lender: i for i, lender in enumerate(self.lenders) if lender is not None}
         shared: dict[int, SharedKV] = {}
@@ -387,13 +407,15 @@ class HymbaModel(HymbaPreTrainedModel):
                 with recomputed() if selective else contextlib.nullcontext():
                     x, state, kv = call(x, first, kv=None if lender is None else shared[lender])
             if i in last:
+                assert kv is not None
                 shared[i] = kv.apart() if lean and not span.columns else kv
             elif lender is not None and last[lender] == i:
                 del shared[lender]
             if cache is not None:
                 cache.put(i, state)
             if weights is not None and collected is not None:
-                weights.append([collected.tensors[0], kv.visibility.key])
+                # A layer without attention heads has none.
+                weights.append(None if kv is None else [collected.tensors[0], kv.visibility.key])
             del state, kv
         return x, hidden, weights
 

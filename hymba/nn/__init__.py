@@ -2,7 +2,7 @@
 
 from hymba.nn.attention import AttentionHeads, Collected, SharedKV
 from hymba.nn.block import HymbaBlock
-from hymba.nn.hybrid import HybridHeads
+from hymba.nn.hybrid import MIXERS, AttentionMixer, HybridHeads, MambaMixer
 from hymba.nn.mamba import MambaHeads
 from hymba.nn.meta import MetaTokens, PrefixRun, run_prefix
 from hymba.nn.mlp import MLP
@@ -11,8 +11,10 @@ from hymba.nn.rope import apply_rope, rope_tables
 from hymba.nn.state import KVState, LayerState, Span
 
 __all__ = [
+    "MIXERS",
     "MLP",
     "AttentionHeads",
+    "AttentionMixer",
     "Collected",
     "HeadNorm",
     "HybridHeads",
@@ -20,6 +22,7 @@ __all__ = [
     "KVState",
     "LayerState",
     "MambaHeads",
+    "MambaMixer",
     "MetaTokens",
     "PrefixRun",
     "RMSNorm",

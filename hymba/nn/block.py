@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hymba.nn.attention import Collected, SharedKV
 from hymba.nn.hooks import is_plain, product_dtype
-from hymba.nn.hybrid import HybridHeads
+from hymba.nn.hybrid import MIXERS
 from hymba.nn.mlp import MLP
 from hymba.nn.norm import RMSNorm
 from hymba.nn.state import LayerState, Span
@@ -23,7 +23,8 @@ class HymbaBlock(nn.Module):
         intermediate_size: inner width of the MLP; `None` leaves the MLP out.
         activation: of the MLP, `"silu"` or `"relu2"`.
         eps: of the norms.
-        **mixer: keyword arguments of `HybridHeads`.
+        kind: of the mixer, a name of `hymba.nn.MIXERS`.
+        **mixer: keyword arguments of the mixer.
     """
 
     def __init__(
@@ -33,11 +34,14 @@ class HymbaBlock(nn.Module):
         intermediate_size: int | None,
         activation: str = "silu",
         eps: float = 1e-6,
+        kind: str = "hybrid",
         **mixer: Any,
     ) -> None:
         super().__init__()
         self.input_norm = RMSNorm(hidden_size, eps=eps)
-        self.mixer = HybridHeads(hidden_size=hidden_size, eps=eps, **mixer)
+        if kind not in MIXERS:
+            raise ValueError(f"kind={kind!r}: allowed: {', '.join(map(repr, MIXERS))}")
+        self.mixer: Any = MIXERS[kind](hidden_size=hidden_size, eps=eps, **mixer)
         self.ffn_norm = self.mlp = None
         if intermediate_size is not None:
             self.ffn_norm = RMSNorm(hidden_size, eps=eps)
@@ -51,8 +55,9 @@ class HymbaBlock(nn.Module):
         span: Span | None = None,
         kv: SharedKV | None = None,
         weights: Collected | None = None,
-    ) -> tuple[Tensor, LayerState, SharedKV]:
-        """x: (b, l, hidden_size). Arguments and results are those of `HybridHeads.forward`."""
+    ) -> tuple[Tensor, LayerState, SharedKV | None]:
+        """x: (b, l, hidden_size). Arguments and results are those of `HybridHeads.forward`; a mixer without attention
+        heads has no keys and values."""
         norm = self.input_norm
         # What the projections behind a norm would cast its output to.
         dtype = product_dtype(x)

@@ -74,6 +74,7 @@ class PrefixRun:
             kv = None if lender is None else self.shared[lender]
             x, state, kv = self.layers[i](self.hidden[i], None, span=self.span, kv=kv)
             if i in self.lends:
+                assert kv is not None
                 self.shared[i] = kv
             self.states.append(state.as_prefix())
             self.hidden.append(x)

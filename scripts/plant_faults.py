@@ -105,8 +105,8 @@ FAULTS = (
     Fault(
         "a wrong borrower",
         "model.py",
-        "x, state, kv = call(x, first, kv=None if lender is None else shared[lender])",
-        "x, state, kv = call(x, first, kv=None if lender is None else shared[min(shared)])",
+        "shared[i] = kv.apart() if lean and not span.columns else kv",
+        "shared[i] = shared[-1] = shared.get(-1, kv)  # what the first lender lends",
     ),
     Fault(
         "rotary positions one off behind the meta tokens",

@@ -219,7 +219,8 @@ def test_resize_token_embeddings(model: Any, tmp_path: Path) -> None:
         want = model(ids).logits
         model.resize_token_embeddings(VOCAB + 7)
         assert model.config.vocab_size == VOCAB + 7
-        assert largest(model(ids).logits[..., :VOCAB], want) == 0
+        # A product of another width may add in another order.
+        assert largest(model(ids).logits[..., :VOCAB], want) <= FLOAT32
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         model(torch.tensor([[VOCAB + 6]]), labels=torch.tensor([[VOCAB + 6]]))
         with pytest.raises(ValueError, match=f"allowed: 0 to {VOCAB + 6}"):

@@ -15,6 +15,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+HELD_OUT = {"bits_per_byte": ("held-out bits/byte", ".4f"), "accuracy": ("held-out accuracy", ".4f")}
+"""The figures that are measured on held-out data: how a progress line shows them."""
+
 
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once, unsaved.
@@ -124,14 +127,14 @@ class Progress(TrainerCallback):
             "loss": ("loss", ".4f"),
             "tokens_per_second": ("tok/s", ",.0f"),
             "learning_rate": ("lr", ".2e"),
-            "bits_per_byte": ("held-out bits/byte", ".4f"),
+            **HELD_OUT,
         }
         parts = [f"{name} {logs[key]:{form}}" for key, (name, form) in shown.items() if key in logs]
         if not parts:
             return
         if self._bar is None:
             print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), flush=True)
-        elif "bits_per_byte" in logs:
+        elif not HELD_OUT.keys().isdisjoint(logs):
             self._bar.write(f"step {state.global_step}  " + "  ".join(parts))
         else:
             self._bar.set_postfix_str("  ".join(parts))
@@ -183,11 +186,17 @@ class TensorBoard(TrainerCallback):
 
 
 class HeldOut(TrainerCallback):
-    """Measures bits per byte every ``every`` steps and logs it."""
+    """Measures on held-out data every ``every`` steps and logs the figure as ``name``, one of :data:`HELD_OUT`."""
 
-    def __init__(self, every: int, measure: Callable[[], float], log: Callable[[dict[str, float]], None]) -> None:
-        self._every, self._measure, self._log = every, measure, log
+    def __init__(
+        self,
+        every: int,
+        measure: Callable[[], float],
+        log: Callable[[dict[str, float]], None],
+        name: str = "bits_per_byte",
+    ) -> None:
+        self._every, self._measure, self._log, self._name = every, measure, log, name
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            self._log({"bits_per_byte": self._measure()})
+            self._log({self._name: self._measure()})

@@ -42,6 +42,9 @@ class DataSettings:
     sequence_length: int = 1024
     layout: Literal["packed", "stream"] = "packed"
     """``packed``: each document starts from the meta state; ``stream``: documents form one text."""
+    task: dict[str, Any] | None = None
+    """A synthetic task in place of text: its ``name`` and parameters, as ``hymba.experiments.tasks.make_task`` takes
+    them. The other keys of this section and the tokenizer are then not read."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise SettingsError(f"override {override!r}: expected key=value, for example run.steps=100")
     known = known_keys()
-    if key not in known and not key.startswith("model."):
+    if key not in known and not key.startswith(("model.", _TASK)):
         if key in _SECTIONS:
             raise SettingsError(f"override {override!r}: {key!r} is a section; set one of its keys, {key}.<name>=value")
         raise SettingsError(f"override {override!r}: unknown key {key!r}{_nearest(key, known)}")
@@ -206,13 +209,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"override {override!r}: the value is not readable as YAML: {error}") from error
-    section, _, name = key.partition(".")
-    target = raw.setdefault(section, {})
-    if target is None:
-        target = raw[section] = {}
-    if not isinstance(target, dict):
-        raise SettingsError(f"override {override!r}: section {section!r} is {target!r}, not a mapping")
-    target[name] = value
+    path = ["data", "task", key.removeprefix(_TASK)] if key.startswith(_TASK) else key.split(".", 1)
+    target: Any = raw
+    for section in path[:-1]:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise SettingsError(f"override {override!r}: section {section!r} is {target!r}, not a mapping")
+    target[path[-1]] = value
 
 
 def settings_from(kind: type[Section], raw: Mapping[str, Any], *, where: str, prefix: str = "") -> Section:
@@ -366,6 +371,11 @@ def _check_ranges(settings: TrainSettings) -> None:
     for beta in optimizer.betas:
         need(0.0 <= beta < 1.0, "optimizer.betas", list(optimizer.betas), "expected 0 <= value < 1")
     need(run.init_from is None or bool(run.init_from), "run.init_from", run.init_from, "name a folder, or null")
+    if data.task is not None:
+        # Tasks are made of settings, so an import at the top would go in a circle.
+        from hymba.experiments.tasks import make_task
+
+        make_task(**{"name": None, **data.task})
 
 
 def _plain(value: Any) -> Any:
@@ -376,6 +386,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_TASK = "data.task."
 _SECTIONS: dict[str, type] = {
     "data": DataSettings,
     "tokenizer": TokenizerSettings,

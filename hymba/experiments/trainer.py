@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hymba.experiments import checkpoints
 from hymba.experiments.callbacks import Meter
 from hymba.experiments.optimization import build_optimizer, build_scheduler
-from hymba.experiments.packing import TokenRows, collate
+from hymba.experiments.packing import Rows, collate
 from hymba.experiments.settings import TrainSettings
 from hymba.model import HymbaForCausalLM
 
@@ -58,7 +58,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
 
 
 class HymbaTrainer(Trainer):
-    """Trains on :class:`TokenRows`, whose order is the order of training.
+    """Trains on :class:`Rows`, whose order is the order of training.
 
     A checkpoint is a folder in the released layout (fp32) with the states of optimizer, schedule and random
     generators. It appears under its name only when all of it is on the disk. ``log.jsonl`` in the output folder holds
@@ -75,13 +75,13 @@ class HymbaTrainer(Trainer):
         self,
         model: HymbaForCausalLM,
         settings: TrainSettings,
-        rows: TokenRows,
+        rows: Rows,
         *,
         output: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.settings, self.output = settings, output
+        self.settings, self.output, self._row_length = settings, output, rows.length
         self.meter = Meter()
         self._pending: list[Tensor] = []
         model.set_activation_checkpointing(settings.run.checkpointing)
@@ -122,7 +122,7 @@ class HymbaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        assert isinstance(rows, TokenRows)
+        assert isinstance(rows, Rows)
         return SequentialSampler(rows)
 
     # The loss record.
@@ -164,7 +164,7 @@ class HymbaTrainer(Trainer):
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step, over all devices."""
         run = self.settings.run
-        return run.batch_size * run.gradient_accumulation * self.args.world_size * self.settings.data.sequence_length
+        return run.batch_size * run.gradient_accumulation * self.args.world_size * self._row_length
 
     def _read_pending(self, checkpoint: Path) -> None:
         """Losses of steps after the last log entry before the checkpoint: they belong to the next entry's mean."""
@@ -196,11 +196,11 @@ class HymbaTrainer(Trainer):
             checkpoints.rotate(self.output, self.settings.run.keep_checkpoints)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Weights and configuration in the released layout, and the tokenizer; no pickled arguments."""
+        """Weights and configuration in the released layout, the tokenizer if there is one; no pickled arguments."""
         folder = str(self.output) if output_dir is None else output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
-        if self.args.should_save:
+        if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

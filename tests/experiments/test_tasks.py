@@ -13,7 +13,9 @@ from hymba.experiments.tasks import IGNORED, TASKS, make_task
 from hymba.experiments.tasks.base import side_of
 
 SMALL = {
+    "copying": {"tokens": (3, 5), "length": 20, "vocabulary": 14, "test_rows": 30},
     "mqar": {"pairs": (2, 4), "length": 24, "vocabulary": 32, "test_rows": 40},
+    "needle": {"length": 24, "facts": 3, "keys": 8, "values": 6, "fillers": 9, "test_rows": 40},
 }
 
 
@@ -37,7 +39,24 @@ def answers_mqar(task, ids):
     return found
 
 
-ANSWERS = {"mqar": answers_mqar}
+def answers_copying(task, ids):
+    content = [token for token in ids if token > 1]
+    first = ids.index(1)
+    assert ids[first:] == [1] * len(content) + [0]
+    assert all(token != 1 for token in ids[:first])
+    return {first + 1 + i: token for i, token in enumerate(content)}
+
+
+def answers_needle(task, ids):
+    assert ids[-3] == 2 and ids.count(2) == 1
+    facts = {ids[i + 1]: ids[i + 2] for i, token in enumerate(ids) if token == 1}
+    assert len(facts) == ids.count(1) == task.facts
+    filler = [token for token in ids if token >= 3 + task.keys + task.values]
+    assert len(filler) == len(ids) - 3 * task.facts - 3
+    return {len(ids) - 1: facts[ids[-2]]}
+
+
+ANSWERS = {"copying": answers_copying, "mqar": answers_mqar, "needle": answers_needle}
 
 
 class Oracle:
@@ -66,7 +85,7 @@ def test_labels_are_the_answers_that_a_reader_finds(task):
         assert len(row.ids) == len(row.labels) == task.length
         assert len(row.distances) == len(found)
         assert row.ids.min() >= 0 and row.ids.max() < task.vocab_size
-        assert all(row.ids[i] == 0 for i in found)  # the answer itself is not fed
+        assert all(row.ids[i] != answer for i, answer in found.items())  # the answer itself is not fed
 
 
 def test_batches_depend_on_the_seed_alone(task):
@@ -151,6 +170,17 @@ def test_parameters_make_the_same_task_again(task):
         ("mqar", {"power": 0.0}, ["data.task.power = 0.0"]),
         ("mqar", {"distance_bins": 0}, ["data.task.distance_bins = 0"]),
         ("mqar", {"test_rows": 0}, ["data.task.test_rows = 0"]),
+        ("copying", {"token": [3]}, ["data.task.token", "did you mean 'data.task.tokens'"]),
+        ("copying", {"tokens": [0]}, ["data.task.tokens = [0]", "from 1"]),
+        ("copying", {"tokens": [40]}, ["data.task.length = 64", "81"]),
+        ("copying", {"vocabulary": 1}, ["data.task.vocabulary = 1"]),
+        ("needle", {"facts": 0}, ["data.task.facts = 0"]),
+        ("needle", {"facts": 17}, ["data.task.keys = 16", "17 facts"]),
+        ("needle", {"facts": 16, "length": 50}, ["data.task.length = 50", "54 tokens"]),
+        ("needle", {"depths": []}, ["data.task.depths = []"]),
+        ("needle", {"depths": [1.5]}, ["data.task.depths = [1.5]", "between 0 and 1"]),
+        ("needle", {"values": 1}, ["data.task.values = 1"]),
+        ("needle", {"fillers": 0}, ["data.task.fillers = 0"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(name, parameters, parts):
@@ -164,6 +194,21 @@ def test_a_side_without_rows_is_refused():
     only = side_of(task.draw(np.random.default_rng(0), pairs=1, length=4).ids)
     with pytest.raises(SettingsError, match="too few different rows"):
         task.row(0, 0, side="held_out" if only == "train" else "train")
+
+
+@pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.5, 9), (1.0, 18)])
+def test_the_needle_stands_at_its_depth(depth, place):
+    task = make_task("needle", **SMALL["needle"])
+    for index in range(20):
+        row = task.row(0, index, depth=depth, length=24)
+        assert row.ids[place] == 1 and row.ids[place + 1] == row.ids[-2]
+        assert row.distances.tolist() == [22 - (place + 1)]
+
+
+def test_the_tightest_row_holds_its_facts_at_every_depth():
+    task = make_task("needle", length=15, facts=3, keys=4, test_lengths=[15])
+    for index in range(100):
+        assert (task.row(0, index).ids == 1).sum() == 3
 
 
 def test_recall_gaps_follow_the_power_law():

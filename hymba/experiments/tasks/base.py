@@ -7,8 +7,8 @@ The two sides are disjoint by construction: a hash of a row's ids says which sid
 ``HELD_OUT_SHARE`` is held out), and a row that falls on the other side is drawn again. No seed makes them meet.
 
 Targets follow the convention of causal language models: the label at a position is what the logits one position
-before it have to predict, and ``IGNORED`` where nothing is asked. The input at a target's position is the blank
-token, so the answer itself is never fed.
+before it have to predict, and ``IGNORED`` where nothing is asked. The input at a target's position is a token that
+says nothing about it, so the answer itself is never fed.
 """
 
 from __future__ import annotations

@@ -340,6 +340,13 @@ class HymbaConfig(PreTrainedConfig):
                 raise ConfigError(
                     f"layer_pattern: layer {i} has kv_heads={kv_heads}; allowed: divisors of its {heads} heads"
                 )
+            if spec.kv_from is not None:
+                lent = self.attention_shape(specs[spec.kv_from])[1:]
+                if lent != (kv_heads, value):
+                    raise ConfigError(
+                        f"layer_pattern: layer {i} has kv_heads={kv_heads}, v_head_dim={value}; allowed: {lent[0]} and "
+                        f"{lent[1]}, those of layer {spec.kv_from}, whose keys and values it borrows"
+                    )
             if spec.mixer == "hybrid" and spec.fusion == "mean" and heads * value != self.d_inner:
                 raise ConfigError(
                     f"layer_pattern: layer {i} has heads={heads} with values of width {value}, {heads * value} in all; "

@@ -67,7 +67,40 @@ def configs(draw: st.DrawFn, *, layers: int = 5, **fixed: Any) -> HymbaConfig:
         "orig_max_position_embeddings": draw(st.sampled_from([None, 16, 64])),
         "layer_type": draw(st.sampled_from([None, ["h"] * depth])),
     }
+    if draw(st.integers(0, 3)) == 0:
+        released = dict.fromkeys(("global_attn_idx", "layer_type", "kv_reuse_group"))
+        pattern = draw(patterns(depth, kv_heads, groups, head_dim, fields["mamba_expand"]))
+        return HymbaConfig(**(fields | released | {"layer_pattern": pattern} | fixed))
     return HymbaConfig(**(fields | sharing | fixed))
+
+
+@st.composite
+def patterns(
+    draw: st.DrawFn, depth: int, kv_heads: int, groups: int, head_dim: int, expand: int
+) -> list[dict[str, Any]]:
+    """Any list of layers: every mixer, both fusions, narrower branches, lenders of either kind."""
+    pattern: list[dict[str, Any]] = []
+    lenders: list[tuple[int, tuple[Any, ...]]] = []
+    for i in range(depth):
+        mixer = draw(st.sampled_from(["hybrid", "hybrid", "attention", "mamba"]))
+        layer: dict[str, Any] = {"mixer": mixer, "ffn": draw(st.booleans())}
+        pattern.append(layer)
+        if mixer == "mamba":
+            continue
+        layer["window"] = draw(st.none() | st.integers(1, 7))
+        value = head_dim if mixer == "attention" else expand * head_dim
+        if mixer == "attention" or draw(st.booleans()):
+            layer["heads"], layer["kv_heads"] = kv_heads * draw(st.integers(1, groups)), kv_heads
+            layer["v_head_dim"] = value = draw(st.sampled_from([head_dim, expand * head_dim]))
+            if mixer == "hybrid":
+                layer["fusion"] = "concat"
+        shape = (layer["window"], layer.get("kv_heads"), value)
+        fitting = [lender for lender, of in lenders if of == shape]
+        if fitting and draw(st.booleans()):
+            layer["kv_from"] = draw(st.sampled_from(fitting))
+        else:
+            lenders.append((i, shape))
+    return pattern
 
 
 @st.composite

@@ -178,3 +178,7 @@ def test_a_pattern_beside_the_released_lists() -> None:
         HymbaConfig(layer_pattern=[{}], num_hidden_layers=1, global_attn_idx=[0])
     with pytest.raises(ConfigError, match="num_hidden_layers=3"):
         HymbaConfig(layer_pattern=[{}], num_hidden_layers=3)
+    with pytest.raises(
+        ConfigError, match="layer 1 has kv_heads=5, v_head_dim=128; allowed: 5 and 64, those of layer 0"
+    ):
+        HymbaConfig(layer_pattern=[{"mixer": "attention"}, {"kv_from": 0}], num_hidden_layers=2)

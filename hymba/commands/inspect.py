@@ -87,7 +87,7 @@ def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: 
         "dtype": dtype,
         "cache_implementation": "static" if static else "dynamic",
         "config": {field: getattr(config, field) for field in type(config).__annotations__},
-        "layers": [{"layer": i, **asdict(spec)} for i, spec in enumerate(config.layers)],
+        "layers": [{"layer": i, **_facts(spec)} for i, spec in enumerate(config.layers)],
         "parameters": {"total": parameters.total, **parameters.to_dict()},
         "weight_bytes": parameters.total * cost.DTYPE_BYTES[dtype],
         "flops_per_token": {"total": token.total, **token.to_dict()},
@@ -108,6 +108,13 @@ def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: 
     }
 
 
+def _facts(spec: LayerSpec) -> dict[str, Any]:
+    """The fields of a layer; those that only a `layer_pattern` sets where they are set."""
+    plain = asdict(type(spec)())
+    always = ("mixer", "window", "kv_from", "ffn")
+    return {key: value for key, value in asdict(spec).items() if key in always or value != plain[key]}
+
+
 def layer_map(layers: tuple[LayerSpec, ...]) -> list[tuple[str, str, str, str]]:
     """Rows (layers, mixer, what attention sees, whose keys and values) with like neighbours on one row."""
     borrowers: dict[int, list[int]] = {}
@@ -119,7 +126,12 @@ def layer_map(layers: tuple[LayerSpec, ...]) -> list[tuple[str, str, str, str]]:
     i = 0
     while i < len(layers):
         last, spec = i, layers[i]
-        if i in borrowers and borrowers[i] == list(range(i + 1, i + 1 + len(borrowers[i]))):
+        lent = borrowers.get(i, [])
+        if (
+            lent == list(range(i + 1, i + 1 + len(lent)))
+            and lent
+            and all(_mixer(layers[j]) == _mixer(spec) for j in lent)
+        ):
             last = borrowers[i][-1]
             kv = f"{i} has them, {_listed(borrowers[i])} borrow{'s' if last == i + 1 else ''}"
         elif i in borrowers:
@@ -127,7 +139,7 @@ def layer_map(layers: tuple[LayerSpec, ...]) -> list[tuple[str, str, str, str]]:
         elif spec.kv_from is not None:
             kv = f"borrowed from {spec.kv_from}"
         else:
-            kv = "own"
+            kv = "own" if spec.attends else "none"
             while last + 1 < len(layers) and layers[last + 1] == spec and last + 1 not in borrowers:
                 last += 1
         rows.append((i, last, kv))
@@ -135,12 +147,25 @@ def layer_map(layers: tuple[LayerSpec, ...]) -> list[tuple[str, str, str, str]]:
     return [
         (
             f"{first}" if first == last else f"{first}-{last}",
-            layers[first].mixer,
-            "all tokens" if layers[first].window is None else f"the last {layers[first].window:,}",
+            _mixer(layers[first]),
+            _sees(layers[first]),
             kv,
         )
         for first, last, kv in rows
     ]
+
+
+def _mixer(spec: LayerSpec) -> str:
+    """The mixer, with what only a `layer_pattern` says about it."""
+    notes = [f"{spec.heads} heads"] * (spec.heads is not None) + ["concatenated"] * (spec.fusion == "concat")
+    notes += ["no MLP"] * (not spec.ffn)
+    return ", ".join([spec.mixer, *notes])
+
+
+def _sees(spec: LayerSpec) -> str:
+    if not spec.attends:
+        return "nothing: its state"
+    return "all tokens" if spec.window is None else f"the last {spec.window:,}"
 
 
 def _listed(layers: list[int]) -> str:
@@ -151,8 +176,9 @@ def _page(facts: dict[str, Any], config: HymbaConfig) -> list[RenderableType]:
     from rich.text import Text
 
     layers = config.layers
-    globals_ = sum(spec.window is None for spec in layers)
-    owners = sum(spec.kv_from is None for spec in layers)
+    globals_, windowed = (sum(spec.attends and (spec.window is None) == g for spec in layers) for g in (True, False))
+    borrow = sum(spec.kv_from is not None for spec in layers)
+    alone = len(layers) - globals_ - windowed
     dtype, length = facts["dtype"], facts["length"]
     parameters, cache, flops = facts["parameters"], facts["cache_bytes"], facts["flops_per_token"]
     rows = facts["batch_size"]
@@ -165,8 +191,9 @@ def _page(facts: dict[str, Any], config: HymbaConfig) -> list[RenderableType]:
         Text.assemble((str(facts["model"]), "bold cyan")),
         Text(
             f"{parameters['total']:,} parameters, {facts['weight_bytes']:,} bytes in {dtype}\n"
-            f"{len(layers)} layers: {globals_} global, {len(layers) - globals_} windowed, "
-            f"{len(layers) - owners} borrow keys and values"
+            f"{len(layers)} layers: {globals_} global, {windowed} windowed, "
+            + (f"{alone} without attention, " if alone else "")
+            + f"{borrow} borrow keys and values"
         ),
         title("Configuration"),
         _pairs([(field, _value(getattr(config, field))) for field in _FIELDS]),

@@ -9,14 +9,15 @@ from typing import Any
 
 from hymba.experiments.checkpoints import write_text
 
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Task to model to what the task's ``evaluate`` returned; a model may lack a task."""
 
-def draw_heat_maps(
-    results: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path, *, trained: int = 1
-) -> Path:
+
+def draw_heat_maps(results: Results, path: str | Path, *, trained: int = 1) -> Path:
     """Draw the ``grid`` of every result, a line of panels per task and a column per model.
 
     Args:
-        results: task to model to what the task's ``evaluate`` returned; a model may lack a task.
+        results: by task and model.
         path: of the figure (PNG); the numbers go beside it as JSON.
         trained: how many of the lengths, from the first, were trained on; a line parts them from the others.
 
@@ -53,7 +54,7 @@ def draw_heat_maps(
     return path
 
 
-def _figure(results: Mapping[str, Mapping[str, Mapping[str, Any]]], models: list[str], trained: int) -> Any:
+def _figure(results: Results, models: list[str], trained: int) -> Any:
     # Not through pyplot, which would keep the figure and ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

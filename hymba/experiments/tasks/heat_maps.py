@@ -62,7 +62,7 @@ def _figure(results: Results, models: list[str], trained: int) -> Any:
     figure = Figure(figsize=(2.9 * len(models) + 1.0, 2.5 * len(results)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(results), len(models), squeeze=False)
-    image = None
+    image: Any = None
     for line, (task, of_task) in zip(axes, results.items()):
         for axis, model in zip(line, models):
             if model not in of_task:

@@ -4,6 +4,7 @@ from hymba.nn.attention import AttentionHeads, Collected, SharedKV
 from hymba.nn.block import HymbaBlock
 from hymba.nn.hybrid import MIXERS, AttentionMixer, HybridHeads, MambaMixer
 from hymba.nn.mamba import MambaHeads
+from hymba.nn.mamba2 import GroupedRMSNorm, Mamba2Heads
 from hymba.nn.meta import MetaTokens, PrefixRun, run_prefix
 from hymba.nn.mlp import MLP
 from hymba.nn.norm import HeadNorm, RMSNorm, rms_norm
@@ -16,11 +17,13 @@ __all__ = [
     "AttentionHeads",
     "AttentionMixer",
     "Collected",
+    "GroupedRMSNorm",
     "HeadNorm",
     "HybridHeads",
     "HymbaBlock",
     "KVState",
     "LayerState",
+    "Mamba2Heads",
     "MambaHeads",
     "MambaMixer",
     "MetaTokens",

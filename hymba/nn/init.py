@@ -2,8 +2,8 @@
 
 Each rule names a parameter by the end of its dotted name; the first match wins. `std` is the configuration's
 `initializer_range`. Sources: the paper gives none, so these are the usual ones of its parts: normal(0, 0.02) for
-projections, the real S4D spectrum and a log-uniform step size for Mamba (arXiv 2312.00752, section 3.6), and unit
-normal meta tokens (PAPER.md, section 3).
+projections, the real S4D spectrum and a log-uniform step size for Mamba (arXiv 2312.00752, section 3.6), one decay per
+head in a range for Mamba-2 (arXiv 2405.21060), and unit normal meta tokens (PAPER.md, section 3).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 STEP_SIZES = (1e-3, 1e-1)
 """Range of the initial step sizes softplus(dt_bias), log-uniform."""
+
+DECAYS = (1.0, 16.0)
+"""Range of the initial -A of Mamba-2's heads, uniform."""
 
 
 def _normal(tensor: Tensor, std: float) -> None:
@@ -40,8 +43,11 @@ def _fan_in_uniform(tensor: Tensor, std: float) -> None:
     tensor.uniform_(-bound, bound)
 
 
-def _log_states(tensor: Tensor, std: float) -> None:
-    """A = -(1, 2, ..., n) in every channel."""
+def _log_decays(tensor: Tensor, std: float) -> None:
+    """A = -(1, 2, ..., n) in every channel of Mamba-1; in Mamba-2, one number per head, uniform in DECAYS."""
+    if tensor.dim() == 1:
+        tensor.uniform_(*DECAYS).log_()
+        return
     states = torch.arange(1, tensor.shape[-1] + 1, dtype=torch.float32, device=tensor.device)
     tensor.copy_(states.log().expand_as(tensor))
 
@@ -54,7 +60,7 @@ def _step_sizes(tensor: Tensor, std: float) -> None:
 
 
 RULES: tuple[tuple[str, Callable[[Tensor, float], None]], ...] = (
-    (".A_log", _log_states),
+    (".A_log", _log_decays),
     (".D", _ones),
     (".dt_bias", _step_sizes),
     ("dt_proj.weight", _fan_in_uniform),

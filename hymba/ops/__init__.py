@@ -3,6 +3,7 @@
 from .backend import BackendError, available, use_backend
 from .causal_conv1d import causal_conv1d, causal_conv1d_ref, causal_conv1d_update
 from .selective_scan import selective_scan, selective_scan_ref, selective_state_update
+from .ssd import ssd_scan, ssd_scan_ref, ssd_state_update
 
 __all__ = [
     "BackendError",
@@ -13,5 +14,8 @@ __all__ = [
     "selective_scan",
     "selective_scan_ref",
     "selective_state_update",
+    "ssd_scan",
+    "ssd_scan_ref",
+    "ssd_state_update",
     "use_backend",
 ]

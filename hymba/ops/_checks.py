@@ -37,7 +37,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def no_autocast(x: Tensor) -> torch.autocast:
     """Autocast would turn the float32 products inside an op into the autocast dtype."""
-    return torch.autocast(x.device.type, enabled=False)
+    # Meta tensors have no autocast of their own to turn off.
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def document_starts(seq_idx: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -174,8 +174,8 @@ def test_gradients_through_a_state() -> None:
 
 
 def test_gradcheck() -> None:
-    heads = made(d_inner=4, head_dim=2, d_state=2, n_groups=1, d_conv=2)
-    x, z = (v.requires_grad_() for v in inputs(heads, 1, 4))
+    heads = made(d_inner=2, head_dim=1, d_state=2, n_groups=1, d_conv=2)
+    x, z = (v.requires_grad_() for v in inputs(heads, 1, 3))
     names, values = zip(*heads.named_parameters())
 
     def run(x: Tensor, z: Tensor, *parameters: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hymba.commands.ablate import ablate
 from hymba.commands.chat import chat
 from hymba.commands.env import env
 from hymba.commands.errors import DEBUG, Commands
@@ -21,7 +22,7 @@ app = typer.Typer(
     # Paragraphs of the docstrings flow with the terminal's width.
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Hymba, the hybrid-head language model: generate, chat, inspect, train.",
+    help="Hymba, the hybrid-head language model: generate, chat, inspect, train, ablate.",
 )
 
 
@@ -43,7 +44,7 @@ def _options(
     """Options of the command itself; `Commands` takes `--debug` out before they are parsed."""
 
 
-for command in (generate, chat, inspect, train, env):
+for command in (generate, chat, inspect, train, ablate, env):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 A checkpoint is complete when its seal (a list of its files with their sizes, written last) agrees with what
 is there. A process killed while writing leaves a folder under the temporary name, which nothing ever reads.
+The seal has checksums too: what a run resumes from is read and compared first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ class OutputError(OSError):
 
 
 def seal(folder: Path) -> None:
-    """Write the list of all files under ``folder`` with their sizes, and push everything to the disk."""
+    """Write the list of all files under ``folder`` with sizes and checksums, and push everything to the disk."""
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -35,7 +37,8 @@ def seal(folder: Path) -> None:
     }
     for name in files:
         _sync(folder / name)
-    write_text(folder / SEAL, json.dumps({"files": files}, indent=1))
+    checksums = {name: _checksum(folder / name) for name in files}
+    write_text(folder / SEAL, json.dumps({"files": files, "crc32": checksums}, indent=1))
     _sync(folder)
 
 
@@ -48,6 +51,46 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, its files read whole; None when nothing is."""
+    if not is_complete(folder):
+        return "incomplete: a file is missing or has another size"
+    try:
+        # A seal of an earlier version has no checksums.
+        checksums = json.loads((folder / SEAL).read_text(encoding="utf-8")).get("crc32", {})
+        for name, expected in checksums.items():
+            if _checksum(folder / name) != expected:
+                return f"damaged: {name} is not what was written"
+    except OSError as error:
+        return f"unreadable: {error}"
+    return None
+
+
+def discard_damaged(output: Path) -> list[str]:
+    """Delete the checkpoints newer than the newest that is whole; a line for each, which names what is wrong."""
+    lines = []
+    found = [(step, path) for path in _folders(output) if (step := checkpoint_step(path)) is not None]
+    for _, path in sorted(found, reverse=True):
+        problem = damage(path)
+        if problem is None:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+        lines.append(f"{path.name} is {problem}")
+    return lines
+
+
+def _folders(output: Path) -> list[Path]:
+    return [path for path in output.iterdir() if path.is_dir()] if output.is_dir() else []
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
 def checkpoint_step(folder: Path) -> int | None:
     """The step of a folder called ``checkpoint-<step>``, or None."""
     match = _CHECKPOINT.fullmatch(folder.name)
@@ -56,9 +99,7 @@ def checkpoint_step(folder: Path) -> int | None:
 
 def complete_checkpoints(output: Path) -> list[Path]:
     """Complete checkpoint folders under ``output``, oldest step first."""
-    if not output.is_dir():
-        return []
-    found = [(checkpoint_step(path), path) for path in output.iterdir() if path.is_dir()]
+    found = [(checkpoint_step(path), path) for path in _folders(output)]
     return [path for step, path in sorted((s, p) for s, p in found if s is not None) if is_complete(path)]
 
 

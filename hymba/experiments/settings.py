@@ -152,12 +152,23 @@ def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> TrainSetti
         SettingsError: invalid YAML, an unknown key (with the nearest name), a wrong type or value.
     """
     path = Path(path)
-    raw = _read_yaml(path)
-    if isinstance(raw.get("model"), str):
-        raw["model"] = _read_yaml(_beside(path, raw["model"]))
+    raw = read_raw(path)
     for override in overrides:
         _apply_override(raw, override)
-    settings = _build(TrainSettings, raw, prefix="", where=str(path))
+    return train_settings(raw, where=str(path))
+
+
+def read_raw(path: Path) -> dict[str, Any]:
+    """The sections of a training file, unchecked, with a ``model`` that is a path read from its file."""
+    raw = read_yaml(path)
+    if isinstance(raw.get("model"), str):
+        raw["model"] = read_yaml(beside(path, raw["model"]))
+    return raw
+
+
+def train_settings(raw: Mapping[str, Any], *, where: str) -> TrainSettings:
+    """Settings from the sections of a training file, with the checks of :func:`load_settings`."""
+    settings = _build(TrainSettings, raw, prefix="", where=where)
     _check_ranges(settings)
     return settings
 
@@ -176,7 +187,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a key that stands twice is refused.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        SettingsError: not YAML, or not a mapping.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such settings file; give the path of a YAML file")
     try:
@@ -190,7 +207,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _beside(path: Path, name: str) -> Path:
+def beside(path: Path, name: str) -> Path:
+    """``name`` as a path relative to the folder of the file ``path``, or else to the working directory."""
     near = path.parent / name
     return near if near.is_file() else Path(name)
 
@@ -200,15 +218,24 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise SettingsError(f"override {override!r}: expected key=value, for example run.steps=100")
-    known = known_keys()
-    if key not in known and not key.startswith(("model.", _TASK)):
-        if key in _SECTIONS:
-            raise SettingsError(f"override {override!r}: {key!r} is a section; set one of its keys, {key}.<name>=value")
-        raise SettingsError(f"override {override!r}: unknown key {key!r}{_nearest(key, known)}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"override {override!r}: the value is not readable as YAML: {error}") from error
+    set_key(raw, key, value, where=f"override {override!r}")
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any, *, where: str) -> None:
+    """Put ``value`` at the dotted ``key`` of a training file's sections; ``where`` names the source in errors.
+
+    Raises:
+        SettingsError: an unknown key (with the nearest name), or a section instead of a key.
+    """
+    known = known_keys()
+    if key not in known and not key.startswith(("model.", _TASK)):
+        if key in _SECTIONS:
+            raise SettingsError(f"{where}: {key!r} is a section; set one of its keys, {key}.<name>=value")
+        raise SettingsError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
     path = ["data", "task", key.removeprefix(_TASK)] if key.startswith(_TASK) else key.split(".", 1)
     target: Any = raw
     for section in path[:-1]:
@@ -216,7 +243,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             target[section] = {}
         target = target[section]
         if not isinstance(target, dict):
-            raise SettingsError(f"override {override!r}: section {section!r} is {target!r}, not a mapping")
+            raise SettingsError(f"{where}: section {section!r} is {target!r}, not a mapping")
     target[path[-1]] = value
 
 

@@ -29,7 +29,7 @@ from hymba.experiments import checkpoints
 from hymba.experiments.bits import Bits, bits_per_byte
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
 from hymba.experiments.corpus import Corpus, Document, byte_length, load_corpus
-from hymba.experiments.packing import Rows, TokenRows
+from hymba.experiments.packing import Rows, TokenRows, rows_digest
 from hymba.experiments.settings import SettingsError, TokenizerSettings, TrainSettings, load_settings
 from hymba.experiments.tasks import Task, make_task
 from hymba.experiments.tokenizer import build_tokenizer, encode_documents
@@ -38,6 +38,8 @@ from hymba.memory import MemoryBytes, check_fits, training_bytes
 
 RECORD_NAME = "training.json"
 RESULTS_NAME = "results.json"
+DAMAGED = "damaged checkpoint: "
+"""Starts the line that is printed for a checkpoint which cannot be resumed from."""
 # Settings that a resumed run may change, because no loss depends on them; those of `export` are free as well.
 _FREE_ON_RESUME = frozenset(
     "run.output run.threads run.log_every run.save_every run.keep_checkpoints run.evaluate_every run.evaluate_bytes "
@@ -58,6 +60,8 @@ class TrainResult:
     parameters: int
     passes: float
     """Over the corpus; 0 for a task, whose rows are all new."""
+    rows: str
+    """Hash of the rows and their order (:func:`hymba.experiments.packing.rows_digest`)."""
     results: dict[str, Any] | None = None
     """Of a finished run on a task: what its ``evaluate`` returned."""
 
@@ -103,6 +107,8 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
         checkpoints.clear_leftovers(output)
     checkpoint = find_resume_point(settings, output)
     say = print if first else _silent
+    for line in checkpoints.discard_damaged(output) if first else ():
+        say(f"{DAMAGED}{line}; going on from {checkpoint.name if checkpoint else 'the start'}")
     material = task_material(settings) if settings.data.task is not None else text_material(settings, checkpoint, say)
     tokenizer, rows = material.tokenizer, material.rows
     model = build_model(settings, tokenizer, material.task)
@@ -134,7 +140,8 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     saved = checkpoints.complete_checkpoints(output)
     last = saved[-1] if saved else None
     common: dict[str, Any] = {
-        "step": step, "output": output, "checkpoint": last, "parameters": parameters, "passes": material.passes
+        "step": step, "output": output, "checkpoint": last, "parameters": parameters, "passes": material.passes,
+        "rows": rows_digest(rows),
     }  # fmt: skip
     if step < settings.run.steps:
         say(f"stopped at step {step}; saved {last}; the same command goes on from there")
@@ -306,7 +313,7 @@ def check_generation(fields: dict[str, Any]) -> None:
 
 
 def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
-    """The last complete checkpoint under ``output``, if the run there was started with the same settings.
+    """The last checkpoint under ``output`` that is whole, if the run there was started with the same settings.
 
     Raises:
         SettingsError: the folder holds another run, or ``run.resume`` forbids going on; names what differs.
@@ -328,7 +335,8 @@ def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
             f"run.output = {settings.run.output!r}: holds a run with other settings: {'; '.join(different)}; "
             "use the same settings to resume, or choose another run.output"
         )
-    return found[-1]
+    # Every process reads them, so that all decide the same while the first deletes what is damaged.
+    return next((path for path in reversed(found) if checkpoints.damage(path) is None), None)
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

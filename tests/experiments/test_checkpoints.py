@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 
@@ -154,3 +155,25 @@ def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
         checkpoints.write_text(path, "two")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert path.read_text() == "one"
+
+
+def test_a_changed_byte_is_found_and_the_checkpoint_before_taken(tmp_path):
+    good, bad, broken = (checkpoint(tmp_path, step) for step in (1, 2, 3))
+    (bad / "model").write_text("weighty")
+    (broken / checkpoints.SEAL).unlink()
+    assert checkpoints.complete_checkpoints(tmp_path) == [good, bad]
+    assert checkpoints.damage(good) is None
+    assert checkpoints.discard_damaged(tmp_path) == [
+        "checkpoint-3 is incomplete: a file is missing or has another size",
+        "checkpoint-2 is damaged: model is not what was written",
+    ]
+    assert checkpoints.complete_checkpoints(tmp_path) == [good]
+    assert not bad.exists() and not broken.exists()
+    assert checkpoints.discard_damaged(tmp_path / "absent") == []
+
+
+def test_a_seal_without_checksums_is_trusted(tmp_path):
+    old = checkpoint(tmp_path, 1)
+    written = json.loads((old / checkpoints.SEAL).read_text())
+    (old / checkpoints.SEAL).write_text(json.dumps({"files": written["files"]}))
+    assert checkpoints.damage(old) is None

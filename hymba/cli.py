@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hymba.commands.ablate import ablate
+from hymba.commands.analyze import analyze
 from hymba.commands.chat import chat
 from hymba.commands.env import env
 from hymba.commands.errors import DEBUG, Commands
@@ -22,7 +23,7 @@ app = typer.Typer(
     # Paragraphs of the docstrings flow with the terminal's width.
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Hymba, the hybrid-head language model: generate, chat, inspect, train, ablate.",
+    help="Hymba, the hybrid-head language model: generate, chat, inspect, train, ablate, analyze.",
 )
 
 
@@ -46,6 +47,7 @@ def _options(
 
 for command in (generate, chat, inspect, train, ablate, env):
     app.command()(command)
+app.add_typer(analyze, name="analyze")
 
 if __name__ == "__main__":
     app()

@@ -55,7 +55,8 @@ ROOMS = {
     "chat": room(MODEL),
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),
-    "commands": room(f"__init__ chat experiments eval {MODEL}"),
+    "analysis": room(f"__init__ experiments saving {MODEL}"),
+    "commands": room(f"__init__ chat experiments eval analysis {MODEL}"),
     "cli": room(f"__init__ commands {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
     "__init__": room(MODEL),

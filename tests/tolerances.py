@@ -19,6 +19,9 @@ FLOAT64_GRADIENT = 1e-8
 """||g - g'|| / ||g'|| in float64."""
 BFLOAT16 = 0.12
 """Largest absolute difference of bfloat16 logits of unit scale: roundings that fall differently, layer after layer."""
+OPERATOR = 1e-5
+"""Largest difference between the scan's operator times its inputs and its output, float32, over the largest output (or
+1 where that is smaller)."""
 
 # On a GPU (tests/gpu). TF32 is off, so float32 differs from the CPU by the order of sums only.
 GPU_LOGITS = 2e-4

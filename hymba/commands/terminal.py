@@ -36,7 +36,7 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress(total: int, *, shown: bool, what: str = "prompts") -> Iterator[Callable[[int], None]]:
     """A bar on a terminal's stderr; yields a function that advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,7 +45,7 @@ def progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     if not (shown and console.is_terminal):
         yield lambda _: None
         return
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("prompts", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda n: bar.advance(task, n)

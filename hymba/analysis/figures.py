@@ -69,14 +69,20 @@ def _entropy(result: Result) -> Figure:
             places = [layers.index(row["layer"]) + shift for row in points]
             panel.scatter(places, [row["entropy"] for row in points], s=14, alpha=0.5, color=_COLORS[condition], lw=0)
             means = [mean([row["entropy"] for row in points if row["layer"] == layer]) for layer in layers]
-            label = f"{condition} meta tokens" + (" (line: mean of the heads)" if condition == conditions[0] else "")
-            panel.plot([i + shift for i in range(len(layers))], means, color=_COLORS[condition], lw=1.6, label=label)
+            panel.plot(means, color=_COLORS[condition], lw=1.6, label=_condition(condition, result))
         panel.set_title(_NAMES[branch], loc="left")
     # Behind all drawing: a limit stops the shared axis from growing.
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("entropy of a row (nats)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _condition(condition: str, result: Result) -> str:
+    if condition == "with":
+        return "with meta tokens (dots: heads, line: their mean)"
+    other = result.about.get("without")
+    return f"without meta tokens ({other})" if other else "without meta tokens"
 
 
 def _split(result: Result) -> Figure:

@@ -74,18 +74,19 @@ def attention_entropy(
                 name: mean([row[name] for row in chosen]) for name in ("entropy", "relative")
             }
         if len(conditions) == 2 and without is None:
-            pairs = _pairs(rows, branch, ("layer", "head"))
-            lower = sum(w < wo for w, wo in pairs)
-            summary[f"{branch} heads with lower entropy with meta tokens"] = f"{lower} of {len(pairs)}"
+            pairs = _pairs([row for row in rows if row["branch"] == branch])
+            summary[f"{branch} heads lower with meta tokens"] = {
+                name: f"{sum(a[name] < b[name] for a, b in pairs)} of {len(pairs)}" for name in ("entropy", "relative")
+            }
     return Result("entropy", rows, summary)
 
 
-def _pairs(rows: list[dict[str, Any]], branch: str, keys: tuple[str, ...]) -> list[tuple[float, float]]:
-    values: dict[tuple[Any, ...], dict[str, float]] = {}
+def _pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of each head with and without meta tokens."""
+    found: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row["branch"] == branch:
-            values.setdefault(tuple(row[key] for key in keys), {})[row["meta"]] = row["entropy"]
-    return [(pair["with"], pair["without"]) for pair in values.values()]
+        found.setdefault((row["layer"], row["head"]), {})[row["meta"]] = row
+    return [(pair["with"], pair["without"]) for pair in found.values()]
 
 
 def attention_split(model: HymbaForCausalLM, samples: Sequence[Sample]) -> Result:

@@ -82,7 +82,7 @@ def entropy(
             raise UsageError(f"--without {without}: its tokenizer differs, so the rows would not compare")
     with status("reading attention maps"):
         result = attention_entropy(loaded, chosen, without=other)
-    result.about["without"] = "the same model without its meta tokens" if other is None else other_name
+    result.about["without"] = "the same weights" if other is None else other_name
     _finish(result, name, loaded, chosen, output, as_json)
 
 

@@ -43,10 +43,12 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ANALYSES)
-def test_every_analysis_writes_numbers_and_figure(name: str, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_every_analysis_writes_numbers_and_figure(
+    name: str, folder: Path, plain: Path, text: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    options = ["--heads"] if name == "importance" else ["--compare", folder / "."] if name == "erf" else []
+    options = ["--heads"] if name == "importance" else ["--compare", plain] if name == "erf" else []
     done = hymba(
         "analyze", name, text, "--model", folder, "--length", 40, "--samples", 2, "--output", out, "--json", *options
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba.analysis.operator import ScanOperator
+from hymba.config import HymbaConfig
 from hymba.model import HymbaForCausalLM
 from hymba.nn import AttentionHeads, Collected, MambaHeads, SharedKV
 
@@ -30,14 +31,16 @@ class Reading:
     """What was read of one layer.
 
     Attributes:
-        layer: its index. heads: attention heads, and slices of the SSM's channels. window: of its attention.
+        layer: its index. heads: attention heads. slices: of the SSM's channels, that count as its heads. window: of its
+            attention.
         attention: (heads, l, m + tokens so far) weights of the last call, float32; `None` if not wanted or there.
         outputs: (l, d_inner) of the last call by name: "attention" and "ssm" as the branches put them out, with
             " normed" behind their norms, and "gate", the SSM's gate.
     """
 
     layer: int
-    heads: int
+    heads: int = 0
+    slices: int = 0
     window: int | None = None
     attention: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -99,12 +102,12 @@ def reading(
             stack.callback(handle.remove)
 
         for i, layer in enumerate(model.model.layers):
-            one = Reading(i, _heads(config))
+            one = Reading(i, heads_of(layer, "attention", config), heads_of(layer, "ssm", config))
             found.append(one)
             hook(layer.register_forward_pre_hook(_before_layer(one), with_kwargs=True))
             for name, module in layer.named_modules():
                 if isinstance(module, AttentionHeads):
-                    one.window, one.heads = module.window, module.num_heads
+                    one.window = module.window
                     if attention:
                         hook(module.register_forward_pre_hook(_ask_for_weights(one), with_kwargs=True))
                         hook(module.register_forward_hook(_take_weights(one), with_kwargs=True))
@@ -133,9 +136,18 @@ BRANCH_NORMS = {"attention": "attention_norm", "ssm": "mamba_norm"}
 """The module whose weights scale a branch in the fusion (the paper's beta), by branch."""
 
 
-def _heads(config: Any) -> int:
-    """Slices of d_inner that count as heads in a layer without attention."""
-    return config.num_attention_heads if config.d_inner % config.num_attention_heads == 0 else 1
+def heads_of(layer: nn.Module, branch: str, config: HymbaConfig) -> int:
+    """Heads of a layer's branch; 0 where it lacks the branch.
+
+    The SSM has as many as the layer has attention heads, or as the configuration names, where its channels can be cut
+    into so many equal slices; otherwise one.
+    """
+    attention = next((m.num_heads for m in layer.modules() if isinstance(m, AttentionHeads)), 0)
+    if branch == "attention":
+        return attention
+    width = next((m.d_inner for m in layer.modules() if isinstance(m, MambaHeads)), 0)
+    wanted = (attention, config.num_attention_heads, 1)
+    return next(heads for heads in wanted if heads and width % heads == 0) if width else 0
 
 
 def branch_norm(layer: nn.Module, branch: str) -> nn.Module | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hymba.analysis.capture import BRANCH_NORMS, AnalysisError, branch_norm
+from hymba.analysis.capture import BRANCH_NORMS, AnalysisError, branch_norm, heads_of
 from hymba.analysis.report import Result, mean
 from hymba.analysis.texts import Sample
 from hymba.model import HymbaForCausalLM
@@ -28,7 +28,7 @@ def removed(model: HymbaForCausalLM, layer: int, branch: str, head: int | None =
 
     Args:
         layer: its index. branch: "attention" or "ssm".
-        head: which of the `num_attention_heads` slices of the branch; `None` for all.
+        head: which of the branch's heads, equal slices of its channels; `None` for all.
 
     Raises:
         AnalysisError: there is no such layer, branch or head.
@@ -41,7 +41,7 @@ def removed(model: HymbaForCausalLM, layer: int, branch: str, head: int | None =
     norm = branch_norm(layers[layer], branch)
     if norm is None:
         raise AnalysisError(f"layer {layer} does not fuse two branches; there is no {branch} branch to remove")
-    weight, heads = norm.get_parameter("weight"), model.config.num_attention_heads
+    weight, heads = norm.get_parameter("weight"), heads_of(layers[layer], branch, model.config)
     if head is not None and not 0 <= head < heads:
         raise AnalysisError(f"head={head}: allowed: 0 to {heads - 1}")
     width = weight.shape[0] // heads
@@ -126,7 +126,10 @@ def head_importance(
     places = [(i, branch) for i in layers for branch in BRANCH_NORMS if branch_norm(model.model.layers[i], branch)]
     if not places:
         raise AnalysisError("no layer of this model fuses attention and SSM heads; there is no branch to remove")
-    parts: list[int | None] = [None, *range(model.config.num_attention_heads)] if heads else [None]
+
+    def parts(layer: int, branch: str) -> list[int | None]:
+        count = heads_of(model.model.layers[layer], branch, model.config) if heads else 0
+        return [None, *range(count)]
 
     def scores() -> dict[str, float]:
         loss, accuracy = loss_and_accuracy(model, samples)
@@ -138,7 +141,7 @@ def head_importance(
         whole = scores()
         rows = []
         for layer, branch in places:
-            for head in parts:
+            for head in parts(layer, branch):
                 with removed(model, layer, branch, head):
                     found = scores()
                 changes = {f"{name}_change": found[name] - whole[name] for name in whole}

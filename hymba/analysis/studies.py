@@ -141,8 +141,9 @@ def receptive_field(models: Mapping[str, HymbaForCausalLM], samples: Mapping[str
                     if rows is None:
                         continue
                     far, near = measures.mean_distance(rows[:, 0].double(), rows.shape[-1] - ids.shape[1])
+                    heads = _heads(readings[layer], branch)
                     for head, (distance, text) in enumerate(
-                        zip(_by_head(far, readings[layer].heads), _by_head(near, readings[layer].heads), strict=True)
+                        zip(_by_head(far, heads), _by_head(near, heads), strict=True)
                     ):
                         table.add(name, layer, branch, head, distance=distance, text_distance=text)
     rows = table.rows()
@@ -274,8 +275,9 @@ def _measure_maps(
         if operator is not None:
             found["ssm"] = _measure_scan(operator, operator.steps - tokens, measure)
         for branch, values in found.items():
-            by_head = {name: _by_head(value, one.heads) for name, value in values.items()}
-            for head in range(len(next(iter(by_head.values())))):
+            heads = _heads(one, branch)
+            by_head = {name: _by_head(value, heads) for name, value in values.items()}
+            for head in range(heads):
                 table.add(one.layer, branch, head, *key, **{name: value[head] for name, value in by_head.items()})
 
     for sample in samples:
@@ -293,6 +295,10 @@ def _measure_scan(operator: ScanOperator, meta: int, measure: Measure) -> Mappin
 def _blocks(operator: ScanOperator, rows: int) -> list[slice]:
     size = operator.channels_at_once(rows)
     return [slice(first, first + size) for first in range(0, operator.channels, size)]
+
+
+def _heads(one: Reading, branch: str) -> int:
+    return one.heads if branch == "attention" else one.slices
 
 
 def _by_head(values: Tensor, heads: int) -> list[float]:

@@ -101,17 +101,36 @@ def test_the_last_row_from_a_cache_is_that_of_the_whole_map() -> None:
         assert largest(a.maps(a.steps - 1), b.maps(b.steps - 1)) < 1e-9
 
 
-def test_a_layer_without_a_branch_is_read_for_the_other() -> None:
-    model, ids = build(), some_ids(1, LENGTH)
+PATTERN = [
+    {"mixer": "attention", "window": 4},
+    {"mixer": "mamba", "ffn": False},
+    {"mixer": "hybrid", "fusion": "concat", "heads": 3, "kv_heads": 1},
+    {"mixer": "attention", "kv_from": 0, "window": 4},
+]
 
-    class Nothing(nn.Module):
-        def forward(self, u: Tensor, z: Tensor, state: Any, *, span: Any) -> Tensor:
-            return torch.zeros_like(u)
 
-    model.model.layers[1].mixer.mamba = Nothing()
-    rows = analysis.attention_split(model, [Sample("a", "b", ids)]).rows
-    assert {row["layer"] for row in rows if row["branch"] == "ssm"} == {0, 2, 3}
-    assert {row["layer"] for row in rows if row["branch"] == "attention"} == {0, 1, 2, 3}
+def test_layers_of_other_kinds() -> None:
+    """Layers with one branch, and branches of different widths: each is read for what it has."""
+    fields = {"layer_pattern": PATTERN, "global_attn_idx": None, "kv_reuse_group": None}
+    model, samples = build(**fields), texts(1)
+    heads = {(0, "attention"): 4, (1, "ssm"): 4, (2, "attention"): 3, (2, "ssm"): 4, (3, "attention"): 4}
+    results = [
+        analysis.attention_entropy(model, samples),
+        analysis.attention_split(model, samples),
+        analysis.receptive_field({"a": model}, {"a": samples}),
+        analysis.output_magnitude(model, samples),
+        analysis.head_importance(model, samples, heads=True),
+    ]
+    for result in results[:3]:
+        found: dict[tuple[int, str], set[int]] = {}
+        for row in result.rows:
+            found.setdefault((row["layer"], row["branch"]), set()).add(row["head"])
+        assert {place: len(each) for place, each in found.items()} == heads
+    assert {(row["layer"], row["branch"]) for row in results[3].rows} == heads.keys()
+    assert len(results[4].rows) == (1 + 3) + (1 + 4) and {row["layer"] for row in results[4].rows} == {2}
+    assert len(analysis.meta_token_activation(model, samples).rows) == META
+    with pytest.raises(AnalysisError, match="layer 1 has no attention heads"):
+        analysis.meta_token_activation(model, samples, layer=1)
 
 
 # Known maps.

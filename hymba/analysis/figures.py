@@ -133,10 +133,10 @@ def _erf(result: Result) -> Figure:
         keys = ["erf", *(f"erf, {branch} heads" for branch in branches)]
         colors = ["0.35", *(_COLORS[branch] for branch in branches)]
         for i, (key, color) in enumerate(zip(keys, colors, strict=True)):
-            places = [m + (i - (len(keys) - 1) / 2) * 0.25 for m in range(len(models))]
+            centres = [m + (i - (len(keys) - 1) / 2) * 0.25 for m in range(len(models))]
             heights = [result.summary[model].get(key, float("nan")) for model in models]
             label = "all heads" if key == "erf" else key.removeprefix("erf, ").replace("ssm", "SSM")
-            panels[-1].bar(places, heights, 0.22, color=color, label=label)
+            panels[-1].bar(centres, heights, 0.22, color=color, label=label)
         panels[-1].set_xticks(range(len(models)), [_short(model) for model in models])
         panels[-1].set_title("effective receptive field (equation 5)", loc="left")
         panels[-1].legend(frameon=False, fontsize=7)

@@ -139,7 +139,7 @@ def head_importance(
     model.eval()
     try:
         whole = scores()
-        rows = []
+        rows: list[dict[str, Any]] = []
         for layer, branch in places:
             for head in parts(layer, branch):
                 with removed(model, layer, branch, head):

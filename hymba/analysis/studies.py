@@ -48,6 +48,7 @@ def attention_entropy(
     if without is not None and without.model.meta_tokens is not None:
         raise AnalysisError("the model to compare with has meta tokens itself; give one trained without")
     table = Table("layer", "branch", "head", "meta")
+    conditions: dict[str, tuple[HymbaForCausalLM, contextlib.AbstractContextManager[None]]]
     conditions = {"with" if model.model.meta_tokens is not None else "without": (model, contextlib.nullcontext())}
     if without is not None:
         conditions["without"] = (without, contextlib.nullcontext())
@@ -137,10 +138,10 @@ def receptive_field(models: Mapping[str, HymbaForCausalLM], samples: Mapping[str
                     model(ids[:, -1:], past_key_values=cache, use_cache=True)
                 maps = {"attention": [one.attention for one in last], "ssm": [_last_rows(one) for one in readings]}
             for branch, layers in maps.items():
-                for layer, rows in enumerate(layers):
-                    if rows is None:
+                for layer, last_rows in enumerate(layers):
+                    if last_rows is None:
                         continue
-                    far, near = measures.mean_distance(rows[:, 0].double(), rows.shape[-1] - ids.shape[1])
+                    far, near = measures.mean_distance(last_rows[:, 0].double(), last_rows.shape[-1] - ids.shape[1])
                     heads = _heads(readings[layer], branch)
                     for head, (distance, text) in enumerate(
                         zip(_by_head(far, heads), _by_head(near, heads), strict=True)

@@ -32,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "plain", byte_tokenizer(), num_memory_tokens=0)
+    fields = {"num_memory_tokens": 0, "num_hidden_layers": 1, "global_attn_idx": [0], "kv_reuse_group": None}
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "plain", byte_tokenizer(), **fields)
 
 
 @pytest.fixture
@@ -48,6 +49,8 @@ def test_every_analysis_writes_numbers_and_figure(
 ) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
+    # One layer: every head of every layer is one more run.
+    folder = plain if name == "importance" else folder
     options = ["--heads"] if name == "importance" else ["--compare", plain] if name == "erf" else []
     done = hymba(
         "analyze", name, text, "--model", folder, "--length", 40, "--samples", 2, "--output", out, "--json", *options

@@ -239,8 +239,7 @@ def test_removing_a_branch_without_weight_changes_nothing() -> None:
         model.model.layers[2].mixer.mamba_norm.weight.zero_()
         model.model.layers[0].mixer.attention_norm.weight[8:16] = 0
     before = {name: p.clone() for name, p in model.named_parameters()}
-    samples = texts(1)
-    result = analysis.head_importance(model, samples, heads=True, tasks={"copying": analysis.copying(samples)})
+    result = analysis.head_importance(model, texts(1), heads=True)
     assert len(result.rows) == 4 * 2 * (1 + 4)
     for row in result.rows:
         nothing = (row["layer"], row["branch"]) == (2, "ssm") or (

@@ -145,37 +145,51 @@ def pattern_layers(pattern: Sequence[Mapping[str, Any]]) -> tuple[LayerSpec, ...
     """Layer specs from a list of plain mappings, the `layer_pattern` of a configuration.
 
     Each entry has the fields of `LayerSpec` by name and, optionally, `repeat`: how many such layers follow one another.
-    `kv_from` counts layers, repeated ones included; `"previous"` is the layer before, or the one it borrows from.
+    An entry with `layers`, a list of entries, and `repeat` stands for that list so many times. `kv_from` counts layers,
+    repeated ones included; `"previous"` is the layer before, or the one it borrows from.
 
     Raises:
         LayoutError: an unknown key (with the nearest), a value of the wrong kind, a lender that is no earlier layer
             with keys and values of its own and the same window and heads.
     """
-    known = [field.name for field in fields(LayerSpec)]
     if not pattern:
         raise LayoutError("layer_pattern=[]: allowed: at least one layer")
     layers: list[LayerSpec] = []
+    _extend(layers, pattern, "layer_pattern")
+    return tuple(layers)
+
+
+def _extend(layers: list[LayerSpec], pattern: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Append what the entries stand for."""
+    known = [field.name for field in fields(LayerSpec)]
     for number, entry in enumerate(pattern):
-        where = f"layer_pattern[{number}]"
+        at = f"{where}[{number}]"
         if not isinstance(entry, Mapping):
-            raise LayoutError(f"{where}={entry!r}: allowed: a mapping with keys {', '.join([*known, 'repeat'])}")
+            raise LayoutError(f"{at}={entry!r}: allowed: a mapping with keys {', '.join([*known, 'repeat'])}")
+        allowed = ["layers", "repeat"] if "layers" in entry else [*known, "repeat", "layers"]
         for key in entry:
-            if key not in [*known, "repeat"]:
-                close = difflib.get_close_matches(str(key), [*known, "repeat"], n=1, cutoff=0)
-                raise LayoutError(
-                    f"{where} has no key {key!r}; nearest: {close[0]!r}; keys: {', '.join(known)}, repeat"
-                )
+            if key not in allowed:
+                close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0)
+                raise LayoutError(f"{at} has no key {key!r}; nearest: {close[0]!r}; keys: {', '.join(allowed)}")
         repeat = entry.get("repeat", 1)
-        _check_entry(where, entry, repeat)
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise LayoutError(f"{at}.repeat={repeat!r}: allowed: integers from 1")
+        if "layers" in entry:
+            inner = entry["layers"]
+            if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
+                raise LayoutError(f"{at}.layers={inner!r}: allowed: a list of at least one layer")
+            for _ in range(repeat):
+                _extend(layers, inner, f"{at}.layers")
+            continue
+        _check_entry(at, entry)
         for _ in range(repeat):
             values = {key: value for key, value in entry.items() if key != "repeat"}
             if values.get("kv_from") == "previous":
-                values["kv_from"] = _owner(where, layers, len(layers) - 1)
+                values["kv_from"] = _owner(at, layers, len(layers) - 1)
             spec = LayerSpec(**values)
             if spec.kv_from is not None:
-                _check_lender(where, spec, layers)
+                _check_lender(at, spec, layers)
             layers.append(spec)
-    return tuple(layers)
 
 
 def _owner(where: str, layers: Sequence[LayerSpec], index: int) -> int:
@@ -185,15 +199,13 @@ def _owner(where: str, layers: Sequence[LayerSpec], index: int) -> int:
     return index if lender is None else lender
 
 
-def _check_entry(where: str, entry: Mapping[str, Any], repeat: Any) -> None:
+def _check_entry(where: str, entry: Mapping[str, Any]) -> None:
     def refuse(key: str, allowed: str) -> None:
         raise LayoutError(f"{where}.{key}={entry.get(key)!r}: allowed: {allowed}")
 
     def whole(value: Any, least: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
-    if not whole(repeat, 1):
-        refuse("repeat", "integers from 1")
     if entry.get("mixer", "hybrid") not in MIXERS:
         refuse("mixer", ", ".join(MIXERS))
     if entry.get("fusion", "mean") not in FUSIONS:

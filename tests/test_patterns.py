@@ -140,6 +140,8 @@ def test_patterns_are_read_as_written() -> None:
         LayerSpec(window=8),
         LayerSpec(window=8, kv_from=2),
     )
+    group = {"layers": [{"mixer": "mamba"}, {"window": 4, "repeat": 2}], "repeat": 2}
+    assert [spec.mixer for spec in pattern_layers([group])] == ["mamba", "hybrid", "hybrid"] * 2
     released = small_config()
     assert "layer_pattern" not in released.to_dict()
 
@@ -155,6 +157,9 @@ def test_patterns_are_read_as_written() -> None:
         ([{"kv_from": "previous"}], "no layer before the first"),
         ([{"mixer": "mamba"}, {"kv_from": 0}], "an earlier layer with attention heads"),
         ([{"window": 4}, {"window": 5, "kv_from": 0}], "window=5: allowed: 4, that of layer 0"),
+        ([{"layers": [], "repeat": 2}], "layers=[]: allowed: a list of at least one layer"),
+        ([{"layers": [{"windw": 3}]}], "layer_pattern[0].layers[0] has no key 'windw'; nearest: 'window'"),
+        ([{"layers": [{}], "ffn": True}], "no key 'ffn'"),
         ([{"ffn": 1}], "ffn=1: allowed: true or false"),
         ([3], "layer_pattern=[3] has the wrong type"),
         ([{"heads": 1}], 'or fusion="concat"'),

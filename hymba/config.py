@@ -231,6 +231,10 @@ class HymbaConfig(PreTrainedConfig):
             return heads, kv_heads, spec.v_head_dim
         return heads, kv_heads, self.head_dim if spec.mixer == "attention" else int(self.v_head_dim or 0)
 
+    def ssm_shape(self, spec: LayerSpec) -> tuple[int, int]:
+        """Mamba-2 heads of a layer and their groups."""
+        return self.d_inner // (spec.ssm_head_dim or 64), spec.ssm_groups or 1
+
     @property
     def rope_base(self) -> float:
         """Base of the rotary frequencies; `"ntk"` is a fixed change of base (SPEC section 2.6)."""
@@ -334,6 +338,17 @@ class HymbaConfig(PreTrainedConfig):
             refuse("num_hidden_layers", f"{len(specs)}, the number of layers in layer_pattern")
         for i, spec in enumerate(specs):
             heads, kv_heads, value = self.attention_shape(spec)
+            if spec.scans and spec.ssm == "mamba2":
+                width = spec.ssm_head_dim or 64
+                if self.d_inner % width:
+                    raise ConfigError(
+                        f"layer_pattern: layer {i} has ssm_head_dim={width}; allowed: divisors of {self.d_inner}"
+                    )
+                scanning, groups = self.ssm_shape(spec)
+                if scanning % groups:
+                    raise ConfigError(
+                        f"layer_pattern: layer {i} has ssm_groups={groups}; allowed: divisors of its {scanning} heads"
+                    )
             if not spec.attends:
                 continue
             if heads % kv_heads:
@@ -439,6 +454,8 @@ def _layer_type(spec: LayerSpec) -> str:
 def _spec_values(config: HymbaConfig, spec: LayerSpec) -> list[Any]:
     """What the state of a layer depends on; short for a hybrid layer of the configuration's shape."""
     extra = [spec.mixer, *config.attention_shape(spec)]
+    if spec.scans and spec.ssm != "mamba":
+        extra += [spec.ssm, *config.ssm_shape(spec)]
     plain = [*config.attention_shape(LayerSpec())]
     return [spec.window, spec.kv_from] + (extra if extra != ["hybrid", *plain] else [])
 

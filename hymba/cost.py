@@ -104,10 +104,15 @@ def parameters(config: HymbaConfig) -> Parameters:
         if spec.attends:
             attention += qkv_width(config, spec) * (d + bias) + _qk_norm(config, spec)
         if spec.scans:
-            mamba += 2 * inner * (d + bias)
-            mamba += inner * (config.mamba_d_conv + 1) + inner * (rank + 2 * state) + rank * inner
-            # dt_bias, A_log and D, then the norms of step size, B and C.
-            mamba += inner * (2 + state) + rank + 2 * state
+            convolved, projected = ssm_widths(config, spec)
+            mamba += (projected + inner) * (d + bias) + convolved * (config.mamba_d_conv + 1)
+            if spec.ssm == "mamba":
+                mamba += inner * (rank + 2 * state) + rank * inner
+                # dt_bias, A_log and D, then the norms of step size, B and C.
+                mamba += inner * (2 + state) + rank + 2 * state
+            else:
+                # dt_bias, A_log and D of each head; a hybrid's branch norm, in fusion, is the norm of the gated output.
+                mamba += 3 * config.ssm_shape(spec)[0] + (inner if spec.mixer == "mamba" else 0)
         fusion += d * (fused_width(config, spec) + bias)
         if spec.mixer == "hybrid":
             fusion += attended_width(config, spec) + inner
@@ -180,11 +185,12 @@ def cache_bytes(
         else:
             windowed_kv += min(length, spec.window + (1 if static else 0)) * position
     layers, inner = sum(spec.scans for spec in config.layers), config.d_inner
+    convolved = sum(ssm_widths(config, spec)[0] for spec in config.layers if spec.scans)
     return CacheBytes(
         global_kv=batch * global_kv,
         windowed_kv=batch * windowed_kv,
         meta_kv=meta_kv,
-        conv=batch * layers * inner * (config.mamba_d_conv - 1) * width,
+        conv=batch * convolved * (config.mamba_d_conv - 1) * width,
         ssm=batch * layers * inner * config.mamba_d_state * _SSM_BYTES,
     )
 
@@ -218,6 +224,16 @@ def kv_width(config: HymbaConfig, spec: LayerSpec) -> int:
     """Numbers that one position's key and value take up on a layer with attention heads."""
     _, kv_heads, value = config.attention_shape(spec)
     return kv_heads * (config.head_dim + value)
+
+
+def ssm_widths(config: HymbaConfig, spec: LayerSpec) -> tuple[int, int]:
+    """Channels of the convolution, and rows of the input projection that feed the Mamba heads besides the gate."""
+    if spec.ssm == "mamba":
+        return config.d_inner, config.d_inner
+    # B and C of each group take part in the convolution; the step size of each head does not.
+    heads, groups = config.ssm_shape(spec)
+    convolved = config.d_inner + 2 * groups * config.mamba_d_state
+    return convolved, convolved + heads
 
 
 def qkv_width(config: HymbaConfig, spec: LayerSpec) -> int:
@@ -266,7 +282,7 @@ def _flops(config: HymbaConfig, *, tokens: int, visible: Any) -> Flops:
     # Per channel and state: dt*A, exp, (dt*x)*B, state*decay, their sum, times C, added up; per channel: dt*x,
     # D*x added, times the gate.
     scan = inner * (7 * state + 4)
-    branch = 2 * inner * (config.mamba_d_conv + rank + 2 * state + rank) + scan
+    branch = 2 * inner * (rank + 2 * state + rank) + scan
     projections = attention = mamba = mlp = 0
     for spec in config.layers:
         projections += 2 * d * (qkv_width(config, spec) + fused_width(config, spec))
@@ -275,8 +291,11 @@ def _flops(config: HymbaConfig, *, tokens: int, visible: Any) -> Flops:
             heads, _, value = config.attention_shape(spec)
             attention += 2 * heads * (config.head_dim + value) * visible(spec.window)
         if spec.scans:
-            projections += 2 * d * 2 * inner
-            mamba += branch
+            convolved, projected = ssm_widths(config, spec)
+            projections += 2 * d * (projected + inner)
+            mamba += 2 * convolved * config.mamba_d_conv
+            # In Mamba-2 the decay, dt*A and exp, is one number per head.
+            mamba += branch if spec.ssm == "mamba" else inner * (5 * state + 4) + 2 * config.ssm_shape(spec)[0]
         mlp += 2 * mlp_matrices(config) * d * config.intermediate_size if spec.ffn else 0
     return Flops(
         projections=tokens * projections,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hymba.cache import HymbaCache
-from hymba.nn import HybridHeads, HymbaBlock, Span
+from hymba.nn import HybridHeads, HymbaBlock, MambaHeads, Span
 
 if TYPE_CHECKING:
     from hymba.model import HymbaForCausalLM
@@ -44,6 +44,8 @@ def why_not_fused(model: HymbaForCausalLM) -> str | None:
             return f"a layer with the mixer {type(mixer).__name__}"
         if block.mixer.fusion != "mean":
             return f"fusion={block.mixer.fusion!r}"
+        if type(block.mixer.mamba) is not MambaHeads:
+            return f"a layer with {type(block.mixer.mamba).__name__}"
         linears = [block.mixer.in_proj, block.mixer.out_proj, block.mixer.mamba.x_proj, block.mixer.mamba.dt_proj]
         if any(type(linear) is not nn.Linear for linear in linears):
             return "a projection that is not a plain nn.Linear"

@@ -14,6 +14,7 @@ from typing import Any
 
 MIXERS = ("hybrid", "attention", "mamba")
 FUSIONS = ("mean", "concat")
+SSMS = ("mamba", "mamba2")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class LayerSpec:
             make a narrower branch, so a hybrid layer with fewer needs `"concat"`.
         v_head_dim: width of a value head; `None` is the configuration's on a hybrid layer, and that of a query head on
             an attention layer.
+        ssm: the heads of the Mamba branch: `"mamba"` (Mamba-1, as released) or `"mamba2"`.
+        ssm_head_dim, ssm_groups: channels per Mamba-2 head, by default 64, and groups of heads that share B and C, by
+            default 1. The states per channel are the configuration's `mamba_d_state` for both kinds.
     """
 
     mixer: str = "hybrid"
@@ -41,6 +45,9 @@ class LayerSpec:
     heads: int | None = None
     kv_heads: int | None = None
     v_head_dim: int | None = None
+    ssm: str = "mamba"
+    ssm_head_dim: int | None = None
+    ssm_groups: int | None = None
 
     @property
     def attends(self) -> bool:
@@ -212,7 +219,9 @@ def _check_entry(where: str, entry: Mapping[str, Any]) -> None:
         refuse("fusion", ", ".join(FUSIONS))
     if not isinstance(entry.get("ffn", True), bool):
         refuse("ffn", "true or false")
-    for key in ("window", "heads", "kv_heads", "v_head_dim"):
+    if entry.get("ssm", "mamba") not in SSMS:
+        refuse("ssm", ", ".join(SSMS))
+    for key in ("window", "heads", "kv_heads", "v_head_dim", "ssm_head_dim", "ssm_groups"):
         if entry.get(key) is not None and not whole(entry[key], 1):
             refuse(key, "integers from 1, or null")
     if entry.get("kv_from") not in (None, "previous") and not whole(entry["kv_from"], 0):
@@ -222,6 +231,11 @@ def _check_entry(where: str, entry: Mapping[str, Any]) -> None:
         for key in ("window", "kv_from", "heads", "kv_heads", "v_head_dim"):
             if entry.get(key) is not None:
                 refuse(key, "null on a layer without attention heads")
+    if mixer == "attention" and "ssm" in entry:
+        refuse("ssm", "only on a layer with Mamba heads")
+    for key in ("ssm_head_dim", "ssm_groups"):
+        if entry.get(key) is not None and entry.get("ssm", "mamba") != "mamba2":
+            refuse(key, 'null, or a layer with ssm="mamba2"')
     if mixer != "hybrid" and "fusion" in entry:
         refuse("fusion", "only on a hybrid layer, which has two branches to join")
 

@@ -154,13 +154,16 @@ def _kept(config: HymbaConfig, spec: LayerSpec, checkpointing: str) -> int:
     # The residual stream twice; the projection's output; rotated queries and keys; what attention and scan put out,
     # the states inside the scan, B, C and the rank of dt; what MLP products read.
     keys = config.attention_shape(spec)[1] * config.head_dim if owns else 0
-    kept = 2 * d + cost.qkv_width(config, spec) + 2 * inner + d + keys
+    convolved, projected = cost.ssm_widths(config, spec) if spec.scans else (0, 0)
+    kept = 2 * d + cost.qkv_width(config, spec) + projected + inner + d + keys
     kept += cost.attended_width(config, spec) + (matrices - 1) * ffn
     if spec.scans:
-        kept += inner + 2 * inner * state // _SCAN_CHUNK + 2 * (rank + 2 * state)
+        kept += inner + 2 * inner * state // _SCAN_CHUNK
+        kept += 2 * (rank + 2 * state) if spec.ssm == "mamba" else 0
     if checkpointing == "none":
-        # Outputs of both norms, convolution, step sizes, the branches' mean, and the MLP's product.
-        kept += 2 * d + 3 * inner + ffn
+        # Outputs of both norms, convolution, step sizes (the gated output of Mamba-2), the branches' mean, and the
+        # MLP's product.
+        kept += 2 * d + convolved + 2 * inner + ffn
     return kept
 
 
@@ -170,11 +173,13 @@ def _widest_moment(config: HymbaConfig, spec: LayerSpec) -> int:
     ffn = config.intermediate_size * cost.mlp_matrices(config) if spec.ffn else 0
     # In the scan: embeddings, residual stream and normed input, the projection's output, rotated queries, what
     # attention put out, the convolution's output, step sizes, and what the scan puts out.
-    projected = cost.qkv_width(config, spec) + 2 * inner
+    convolved, fed = cost.ssm_widths(config, spec) if spec.scans else (0, 0)
+    projected = cost.qkv_width(config, spec) + fed + inner
     # In the MLP: embeddings, the stream before, behind and between, its normed form, the products, and the projection
     # whose values are shared.
     attended = cost.attended_width(config, spec)
-    return max(3 * d + projected + d + attended + 3 * inner, 5 * d + ffn + (projected if spec.kv_from is None else 0))
+    moment = 3 * d + projected + d + attended + convolved + 2 * inner
+    return max(moment, 5 * d + ffn + (projected if spec.kv_from is None else 0))
 
 
 def enabled() -> bool:

@@ -61,6 +61,9 @@ def _mixer_arguments(config: HymbaConfig, spec: LayerSpec) -> dict[str, Any]:
             "d_state": config.mamba_d_state,
             "d_conv": config.mamba_d_conv,
             "dt_rank": int(config.mamba_dt_rank),
+            "ssm": spec.ssm,
+            "ssm_head_dim": spec.ssm_head_dim,
+            "ssm_groups": spec.ssm_groups,
         }
     if spec.mixer == "hybrid":
         arguments["fusion"] = spec.fusion

@@ -16,6 +16,8 @@ from hymba.cost import cache_bytes, parameters
 from hymba.layout import LayerSpec, pattern_layers
 
 ATTENTION, MAMBA, HYBRID = {"mixer": "attention"}, {"mixer": "mamba"}, {"mixer": "hybrid"}
+MAMBA2_HEADS = {"ssm": "mamba2", "ssm_head_dim": 4}
+MAMBA2 = MAMBA | MAMBA2_HEADS
 PATTERNS: dict[str, list[dict[str, Any]]] = {
     "transformer": [ATTENTION | {"repeat": 2}],
     "windowed transformer with shared keys": [
@@ -27,6 +29,9 @@ PATTERNS: dict[str, list[dict[str, Any]]] = {
     "samba": [MAMBA, ATTENTION | {"window": 4}],
     "sequential": [MAMBA | {"repeat": 2}, ATTENTION, MAMBA],
     "concatenated, fewer heads": [HYBRID | {"fusion": "concat", "heads": 2, "window": 6}, HYBRID],
+    "mamba-2": [MAMBA2 | {"ffn": False, "ssm_groups": 2, "repeat": 2}],
+    "hybrid with mamba-2 heads": [HYBRID | MAMBA2_HEADS | {"window": 5}, HYBRID | MAMBA2_HEADS],
+    "mamba of both kinds": [MAMBA, MAMBA2, ATTENTION],
     "hybrid borrows from a transformer layer": [
         ATTENTION | {"v_head_dim": 8},
         HYBRID | {"fusion": "concat", "v_head_dim": 8, "kv_from": 0},
@@ -151,6 +156,11 @@ def test_patterns_are_read_as_written() -> None:
     [
         ([{"mixr": "mamba"}], "no key 'mixr'; nearest: 'mixer'"),
         ([{"mixer": "mamba3"}], "mixer='mamba3': allowed: hybrid, attention, mamba"),
+        ([{"ssm": "mamba3"}], "ssm='mamba3': allowed: mamba, mamba2"),
+        ([{"mixer": "attention", "ssm": "mamba2"}], "only on a layer with Mamba heads"),
+        ([{"ssm_groups": 2}], 'ssm_groups=2: allowed: null, or a layer with ssm="mamba2"'),
+        ([{"ssm": "mamba2"}], "ssm_head_dim=64; allowed: divisors of 32"),
+        ([{"ssm": "mamba2", "ssm_head_dim": 16, "ssm_groups": 3}], "ssm_groups=3; allowed: divisors of its 2 heads"),
         ([{"mixer": "mamba", "window": 4}], "window=4: allowed: null on a layer without attention heads"),
         ([{"mixer": "attention", "fusion": "mean"}], "only on a hybrid layer"),
         ([{"repeat": 0}], "repeat=0: allowed: integers from 1"),

@@ -9,6 +9,7 @@ from hymba.nn.attention import AttentionHeads, Collected, SharedKV
 from hymba.nn.hooks import is_plain
 from hymba.nn.init import initialise
 from hymba.nn.mamba import MambaHeads
+from hymba.nn.mamba2 import Mamba2Heads
 from hymba.nn.norm import RMSNorm
 from hymba.nn.state import LayerState, Span
 from hymba.ops.norm import mean_rms_norm
@@ -28,6 +29,37 @@ def _span(x: Tensor, state: LayerState) -> Span:
 
 def _advance(state: LayerState, span: Span) -> None:
     state.seen, state.columns, state.uniform = span.end, span.columns + span.length, span.uniform
+
+
+def _mamba_heads(
+    kind: str,
+    *,
+    hidden_size: int,
+    expand: int,
+    d_state: int,
+    d_conv: int,
+    dt_rank: int | None,
+    head_dim: int | None,
+    groups: int | None,
+    eps: float,
+    norm: bool,
+) -> MambaHeads | Mamba2Heads:
+    """The Mamba branch of a mixer; norm: whether Mamba-2's norm of the gated output is part of it."""
+    d_inner = expand * hidden_size
+    if kind == "mamba":
+        rank = -(-hidden_size // 16) if dt_rank is None else dt_rank
+        return MambaHeads(d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=rank, eps=eps)
+    if kind != "mamba2":
+        raise ValueError(f"ssm={kind!r}: allowed: 'mamba', 'mamba2'")
+    return Mamba2Heads(
+        d_inner=d_inner,
+        head_dim=64 if head_dim is None else head_dim,
+        d_state=d_state,
+        n_groups=1 if groups is None else groups,
+        d_conv=d_conv,
+        norm=norm,
+        eps=eps,
+    )
 
 
 def _check_kv(borrows_kv: bool, kv: SharedKV | None) -> None:
@@ -51,6 +83,8 @@ class HybridHeads(nn.Module):
         fusion: `"mean"` of the normed branches, or `"concat"`: the output projection reads both side by side, and they
             may differ in width (table 10 of the paper, row 11).
         d_state, d_conv, dt_rank: shape of the Mamba heads; dt rank defaults to `ceil(hidden_size / 16)`.
+        ssm: `"mamba"`, or `"mamba2"`, whose norm of the gated output `mamba_norm` then is.
+        ssm_head_dim, ssm_groups: of Mamba-2 heads, by default 64 channels and one group.
         window: past positions that the attention heads see; `None` for all.
         borrows_kv: take keys and values from another layer (`kv` of `forward`).
         rope_base, qk_norm, dropout: of the attention heads.
@@ -80,6 +114,9 @@ class HybridHeads(nn.Module):
         bias: bool = False,
         eps: float = 1e-6,
         fusion: str = "mean",
+        ssm: str = "mamba",
+        ssm_head_dim: int | None = None,
+        ssm_groups: int | None = None,
     ) -> None:
         super().__init__()
         d_inner = expand * hidden_size
@@ -103,16 +140,21 @@ class HybridHeads(nn.Module):
             dropout=dropout,
             eps=eps,
         )
-        self.mamba = MambaHeads(
-            d_inner=d_inner,
+        self.mamba = _mamba_heads(
+            ssm,
+            hidden_size=hidden_size,
+            expand=expand,
             d_state=d_state,
             d_conv=d_conv,
-            dt_rank=-(-hidden_size // 16) if dt_rank is None else dt_rank,
+            dt_rank=dt_rank,
+            head_dim=ssm_head_dim,
+            groups=ssm_groups,
             eps=eps,
+            norm=False,
         )
         self.borrows_kv = borrows_kv
         kv = [] if borrows_kv else [self.attention.k_width, self.attention.v_width]
-        self.splits = [self.attention.q_width, *kv, d_inner, d_inner]
+        self.splits = [self.attention.q_width, *kv, self.mamba.in_width, d_inner]
         self.in_proj = nn.Linear(hidden_size, sum(self.splits), bias=bias)
         attended = self.attention.out_width
         if fusion == "mean" and attended != d_inner:
@@ -247,10 +289,12 @@ class AttentionMixer(nn.Module):
 class MambaMixer(nn.Module):
     """Mamba heads alone, between the projections of a Mamba layer (`ssm input | gate` in one).
 
+    Mamba-2 heads norm their gated output here, as published.
+
     Args:
         hidden_size: width of input and output.
         expand: `d_inner / hidden_size`.
-        d_state, d_conv, dt_rank, bias, eps: of `HybridHeads`.
+        d_state, d_conv, dt_rank, ssm, ssm_head_dim, ssm_groups, bias, eps: of `HybridHeads`.
     """
 
     def __init__(
@@ -263,12 +307,26 @@ class MambaMixer(nn.Module):
         dt_rank: int | None = None,
         bias: bool = False,
         eps: float = 1e-6,
+        ssm: str = "mamba",
+        ssm_head_dim: int | None = None,
+        ssm_groups: int | None = None,
     ) -> None:
         super().__init__()
         d_inner = expand * hidden_size
-        rank = -(-hidden_size // 16) if dt_rank is None else dt_rank
-        self.mamba = MambaHeads(d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=rank, eps=eps)
-        self.in_proj = nn.Linear(hidden_size, 2 * d_inner, bias=bias)
+        self.mamba = _mamba_heads(
+            ssm,
+            hidden_size=hidden_size,
+            expand=expand,
+            d_state=d_state,
+            d_conv=d_conv,
+            dt_rank=dt_rank,
+            head_dim=ssm_head_dim,
+            groups=ssm_groups,
+            eps=eps,
+            norm=True,
+        )
+        self.splits = [self.mamba.in_width, d_inner]
+        self.in_proj = nn.Linear(hidden_size, sum(self.splits), bias=bias)
         self.out_proj = nn.Linear(d_inner, hidden_size, bias=bias)
         for projection in (self.in_proj, self.out_proj):
             initialise(projection)
@@ -286,7 +344,7 @@ class MambaMixer(nn.Module):
         _check_kv(False, kv)
         state = LayerState() if state is None else state.fork()
         span = _span(x, state) if span is None else span
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = self.in_proj(x).split(self.splits, dim=-1)
         out = self.out_proj(self.mamba(u, z, state, span=span))
         _advance(state, span)
         return out, state, None

@@ -100,6 +100,11 @@ class MambaHeads(nn.Module):
     def reset_parameters(self) -> None:
         initialise(self)
 
+    @property
+    def in_width(self) -> int:
+        """Width of what the input projection makes for this branch, besides the gate."""
+        return self.d_inner
+
     def forward(self, x: Tensor, z: Tensor, state: LayerState | None = None, *, span: Span | None = None) -> Tensor:
         """Run the branch.
 

@@ -78,13 +78,17 @@ def configs(draw: st.DrawFn, *, layers: int = 5, **fixed: Any) -> HymbaConfig:
 def patterns(
     draw: st.DrawFn, depth: int, kv_heads: int, groups: int, head_dim: int, expand: int
 ) -> list[dict[str, Any]]:
-    """Any list of layers: every mixer, both fusions, narrower branches, lenders of either kind."""
+    """Any list of layers: every mixer, both fusions, both SSMs, narrower branches, lenders of either kind."""
     pattern: list[dict[str, Any]] = []
     lenders: list[tuple[int, tuple[Any, ...]]] = []
     for i in range(depth):
         mixer = draw(st.sampled_from(["hybrid", "hybrid", "attention", "mamba"]))
         layer: dict[str, Any] = {"mixer": mixer, "ffn": draw(st.booleans())}
         pattern.append(layer)
+        if mixer != "attention" and draw(st.booleans()):
+            # Divisors of the width whatever it is: kv_heads and groups make up its heads.
+            width = draw(st.sampled_from([head_dim, expand * head_dim]))
+            layer |= {"ssm": "mamba2", "ssm_head_dim": width, "ssm_groups": draw(st.sampled_from([1, kv_heads]))}
         if mixer == "mamba":
             continue
         layer["window"] = draw(st.none() | st.integers(1, 7))

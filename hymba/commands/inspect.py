@@ -157,7 +157,8 @@ def layer_map(layers: tuple[LayerSpec, ...]) -> list[tuple[str, str, str, str]]:
 
 def _mixer(spec: LayerSpec) -> str:
     """The mixer, with what only a `layer_pattern` says about it."""
-    notes = [f"{spec.heads} heads"] * (spec.heads is not None) + ["concatenated"] * (spec.fusion == "concat")
+    notes = ["Mamba-2 heads"] * (spec.scans and spec.ssm == "mamba2")
+    notes += [f"{spec.heads} heads"] * (spec.heads is not None) + ["concatenated"] * (spec.fusion == "concat")
     notes += ["no MLP"] * (not spec.ffn)
     return ", ".join([spec.mixer, *notes])
 

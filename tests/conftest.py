@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, (os.cpu_count() or 1) // _workers)
@@ -13,6 +17,10 @@ _threads = max(1, (os.cpu_count() or 1) // _workers)
 if _workers > 1 or "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(_threads)
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# What this machine has downloaded is nothing that a test may find.
+_hub = Path(tempfile.mkdtemp(prefix="hymba-hub-"))
+atexit.register(shutil.rmtree, _hub, ignore_errors=True)
+os.environ["HF_HUB_CACHE"] = str(_hub)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -47,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(_threads)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_CaseCounter(config), "property-case-counter")
+        config.pluginmanager.register(_LeftOut(), "code-blocks-left-out")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -86,6 +95,37 @@ class _CaseCounter:
             wanted = f", wanted at least {self.wanted}" if self.wanted else ""
             short = "ERROR: " if self.cases < self.wanted else ""
             terminalreporter.write_line(f"{short}property cases: {self.cases}{wanted}")
+
+
+class _LeftOut:
+    """Lists the code blocks of the manual that are marked not to run, with the reason of each."""
+
+    def __init__(self) -> None:
+        self.blocks: list[object] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.blocks += [block for name, block in report.user_properties if name == "not_run"]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.blocks:
+            terminalreporter.section("code blocks that are marked not to run")
+            for block in self.blocks:
+                terminalreporter.write_line(str(block))
+
+
+@pytest.fixture(scope="session")
+def hub_stand_in() -> Callable[[str, Path], None]:
+    """Makes a hub id mean a folder's files, for this session: `hub_stand_in("owner/name", folder)`."""
+
+    def stand_in(name: str, folder: Path) -> None:
+        repository = _hub / f"models--{name.replace('/', '--')}"
+        commit = "0" * 40
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+
+    return stand_in
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,13 @@ pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Runs that look for a wrong version or a missing file, not for a wrong number.
 brief := --hypothesis-profile brief -m "not slow"
 
-.PHONY: help demo test test-library test-interpreter check lint types test-oldest test-wheel thorough format clean
+.PHONY: help demo test test-library test-interpreter check lint types docs test-oldest test-wheel thorough format clean
 
 help:
 	@echo "make demo         set up, then generate from the embedded model and inspect it"
 	@echo "make test         set up, then run the tests with coverage"
-	@echo "make check        all that CI runs: lint, types, tests, oldest transformers, wheel"
+	@echo "make check        all that CI runs: lint, types, tests, manual, oldest transformers, wheel"
+	@echo "make docs         build the manual in site/"
 	@echo "make thorough     10,000 cases of the property tests (a quarter of an hour on two cores)"
 	@echo "make format       let ruff format and fix"
 	@echo "make clean        remove what the targets made, the environment included"
@@ -52,6 +53,10 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
+
+# Broken links, pages that the navigation lacks and wrong names in the reference are errors.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 test-oldest: $(VENV)/.installed-dev
 	overlay=$$(scripts/overlay.sh oldest) && PYTHONPATH=$$overlay $(pytest) $(brief)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldVal
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hymba.adapters import name_default_targets
 from hymba.layout import LayerSpec, pattern_layers, released_layers
 
 logger = logging.get_logger(__name__)
@@ -43,6 +44,9 @@ _TRANSFORMERS_KEYS = frozenset(
         "transformers_weights",
     }
 )
+# Of the reference's mixture of experts, here always of one. Kept for the file and no attributes: TRL takes a model
+# whose configuration has them for a mixture, and asks it for a router's logits.
+_EXPERT_FIELDS = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 # What the reference calls its attention implementations; ours are transformers' names.
 _REFERENCE_ATTENTION = frozenset({"flex", "flash_attention_2", "flash_attention"})
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -162,12 +166,11 @@ class HymbaConfig(PreTrainedConfig):
     num_experts: int = 1
     num_experts_per_tok: int = 1
     num_mamba: int = 1
-    output_router_logits: bool = False
-    router_aux_loss_coef: float | int = 0.001
     seq_length: int | None = 8192
     use_mamba_kernels: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._expert_fields = {name: kwargs.pop(name, default) for name, default in _EXPERT_FIELDS.items()}
         unknown = [key for key in kwargs if key not in _TRANSFORMERS_KEYS]
         if unknown:
             known = sorted(HymbaConfig.__annotations__)
@@ -379,7 +382,8 @@ class HymbaConfig(PreTrainedConfig):
         known: dict[str, Any] = {}
         kept: dict[str, Any] = {}
         for key, value in config_dict.items():
-            (known if key in fields or key in _TRANSFORMERS_KEYS else kept)[key] = value
+            ours = key in fields or key in _TRANSFORMERS_KEYS or key in _EXPERT_FIELDS
+            (known if ours else kept)[key] = value
         if kept and not KEYS_REPORTED.get():
             logger.warning(
                 f"config.json has keys that HymbaConfig does not know: {', '.join(sorted(kept))}. "
@@ -415,7 +419,10 @@ class HymbaConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, readable by the reference."""
+        # PEFT asks for this dictionary before it looks the model type up in its table of default targets.
+        name_default_targets()
         output = super().to_dict()
+        output |= output.pop("_expert_fields", _EXPERT_FIELDS)
         output.pop("rope_parameters", None)
         if output.get("layer_pattern") is None:
             output.pop("layer_pattern", None)

@@ -32,13 +32,15 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
-CORE = "cache nn ops config layout"
+CORE = "cache nn ops config layout adapters"
 MODEL = f"model training decode_loop decoding fused_decoding generation loading hub inputs memory cost {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
     "nn": room("ops", packages="torch einops"),
-    "config": room("layout"),
+    # PEFT only where it has been imported already.
+    "adapters": room(packages=""),
+    "config": room("adapters layout"),
     "cost": room("config layout", refused=NO_TRANSFORMERS),
     "memory": room("cost config layout", refused=NO_TRANSFORMERS),
     "inputs": room("config layout", refused=NO_TRANSFORMERS),
@@ -56,7 +58,8 @@ ROOMS = {
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),
     "analysis": room(f"__init__ experiments saving {MODEL}"),
-    "commands": room(f"__init__ chat experiments eval analysis {MODEL}"),
+    "finetuning": room(f"__init__ chat experiments saving {MODEL}"),
+    "commands": room(f"__init__ chat experiments eval analysis finetuning {MODEL}"),
     "cli": room(f"__init__ commands {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
     "__init__": room(MODEL),

@@ -154,7 +154,7 @@ def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> TrainSetti
     path = Path(path)
     raw = read_raw(path)
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return train_settings(raw, where=str(path))
 
 
@@ -213,7 +213,12 @@ def beside(path: Path, name: str) -> Path:
     return near if near.is_file() else Path(name)
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str, kind: type | None = None) -> None:
+    """Put the value of ``key=value`` into the sections of a file whose settings are ``kind`` (a training's by default).
+
+    Raises:
+        SettingsError: not of that form, or a key that :func:`set_key` refuses.
+    """
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -222,21 +227,24 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"override {override!r}: the value is not readable as YAML: {error}") from error
-    set_key(raw, key, value, where=f"override {override!r}")
+    set_key(raw, key, value, where=f"override {override!r}", kind=kind)
 
 
-def set_key(raw: dict[str, Any], key: str, value: Any, *, where: str) -> None:
-    """Put ``value`` at the dotted ``key`` of a training file's sections; ``where`` names the source in errors.
+def set_key(raw: dict[str, Any], key: str, value: Any, *, where: str, kind: type | None = None) -> None:
+    """Put ``value`` at the dotted ``key`` of a file's sections; ``where`` names the source in errors.
+
+    ``kind``: the settings that the file describes, a training's by default.
 
     Raises:
         SettingsError: an unknown key (with the nearest name), or a section instead of a key.
     """
-    known = known_keys()
-    if key not in known and not key.startswith(("model.", _TASK)):
-        if key in _SECTIONS:
+    kind = TrainSettings if kind is None else kind
+    known, free = known_keys(kind), ("model.", _TASK) if kind is TrainSettings else ()
+    if key not in known and not key.startswith(free):
+        if key in {item.name for item in dataclasses.fields(kind)}:
             raise SettingsError(f"{where}: {key!r} is a section; set one of its keys, {key}.<name>=value")
         raise SettingsError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
-    path = ["data", "task", key.removeprefix(_TASK)] if key.startswith(_TASK) else key.split(".", 1)
+    path = ["data", "task", key.removeprefix(_TASK)] if free and key.startswith(_TASK) else key.split(".", 1)
     target: Any = raw
     for section in path[:-1]:
         if target.get(section) is None:
@@ -257,9 +265,11 @@ def settings_from(kind: type[Section], raw: Mapping[str, Any], *, where: str, pr
     return section
 
 
-def known_keys() -> list[str]:
-    """Dotted names of every setting outside ``model``."""
-    return [f"{section}.{item.name}" for section, kind in _SECTIONS.items() for item in dataclasses.fields(kind)]
+def known_keys(kind: type | None = None) -> list[str]:
+    """Dotted names of every setting of ``kind`` (a training's by default) that stands in a section of typed keys."""
+    hints = typing.get_type_hints(TrainSettings if kind is None else kind)
+    sections = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return [f"{section}.{item.name}" for section, hint in sections.items() for item in dataclasses.fields(hint)]
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -283,7 +293,7 @@ def _build(cls: type, raw: Any, *, prefix: str, where: str) -> Any:
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in names:
-            candidates = [prefix + name for name in sorted(names)] if prefix else sorted(names) + known_keys()
+            candidates = [prefix + name for name in sorted(names)] if prefix else sorted(names) + known_keys(cls)
             raise SettingsError(f"{where}: unknown key {prefix + str(key)!r}{_nearest(prefix + str(key), candidates)}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, prefix=f"{prefix}{key}.", where=where)
@@ -414,11 +424,3 @@ def _plain(value: Any) -> Any:
 
 
 _TASK = "data.task."
-_SECTIONS: dict[str, type] = {
-    "data": DataSettings,
-    "tokenizer": TokenizerSettings,
-    "optimizer": OptimizerSettings,
-    "schedule": ScheduleSettings,
-    "run": RunSettings,
-    "export": ExportSettings,
-}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -312,8 +312,21 @@ def check_generation(fields: dict[str, Any]) -> None:
         raise SettingsError(f"export.generation = {fields!r}: {error}") from error
 
 
-def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
+class Resumable(Protocol):
+    """Settings of any run that can be resumed."""
+
+    @property
+    def run(self) -> Any:
+        """With ``output`` and ``resume``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sections, as they are written to ``settings.yaml``."""
+
+
+def find_resume_point(settings: Resumable, output: Path, *, free: frozenset[str] = _FREE_ON_RESUME) -> Path | None:
     """The last checkpoint under ``output`` that is whole, if the run there was started with the same settings.
+
+    ``free``: dotted settings that may differ, besides those of ``export``.
 
     Raises:
         SettingsError: the folder holds another run, or ``run.resume`` forbids going on; names what differs.
@@ -329,7 +342,7 @@ def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
         before = yaml.safe_load((output / "settings.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"{output}: has checkpoints but no readable settings.yaml: {error}") from error
-    different = changed_settings(before, settings.to_dict())
+    different = changed_settings(before, settings.to_dict(), free=free)
     if different:
         raise SettingsError(
             f"run.output = {settings.run.output!r}: holds a run with other settings: {'; '.join(different)}; "
@@ -339,14 +352,16 @@ def find_resume_point(settings: TrainSettings, output: Path) -> Path | None:
     return next((path for path in reversed(found) if checkpoints.damage(path) is None), None)
 
 
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_settings(
+    before: dict[str, Any], now: dict[str, Any], *, free: frozenset[str] = _FREE_ON_RESUME
+) -> list[str]:
     """``section.key: old -> new`` for every setting that a resumed run must not change."""
     changes = []
     for section, values in now.items():
         old = before.get(section) or {}
         for key in sorted(set(old) | set(values)):
             name = f"{section}.{key}"
-            if section != "export" and name not in _FREE_ON_RESUME and old.get(key) != values.get(key):
+            if section != "export" and name not in free and old.get(key) != values.get(key):
                 changes.append(f"{name}: {old.get(key)!r} -> {values.get(key)!r}")
     return changes
 

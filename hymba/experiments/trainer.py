@@ -57,8 +57,8 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
     )
 
 
-class HymbaTrainer(Trainer):
-    """Trains on :class:`Rows`, whose order is the order of training.
+class RecordedTrainer(Trainer):
+    """What every trainer here adds to transformers': complete-or-absent checkpoints, an exact record of the losses.
 
     A checkpoint is a folder in the released layout (fp32) with the states of optimizer, schedule and random
     generators. It appears under its name only when all of it is on the disk. ``log.jsonl`` in the output folder holds
@@ -71,32 +71,10 @@ class HymbaTrainer(Trainer):
     control: TrainerControl
     _timed_from = 0
 
-    def __init__(
-        self,
-        model: HymbaForCausalLM,
-        settings: TrainSettings,
-        rows: Rows,
-        *,
-        output: Path,
-        tokenizer: PreTrainedTokenizerBase | None,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
-        self.settings, self.output, self._row_length = settings, output, rows.length
-        self.meter = Meter()
+    def _record(self, settings: Any, output: Path) -> None:
+        """Called before ``Trainer`` is initialised. settings: with ``optimizer``, ``schedule`` and ``run`` sections."""
+        self.settings, self.output, self.meter = settings, output, Meter()
         self._pending: list[Tensor] = []
-        model.set_activation_checkpointing(settings.run.checkpointing)
-        # The logits of a batch are most of a step's peak, and nothing here reads them.
-        model.use_fused_loss(settings.run.device != "cpu" and torch.cuda.is_available())
-        super().__init__(
-            model=model,
-            args=training_arguments(settings, output),
-            train_dataset=rows,
-            data_collator=collate,
-            processing_class=tokenizer,
-            callbacks=[self.meter, *callbacks],
-        )
-        # Progress and reports are callbacks of ours; transformers' printer would show every entry twice.
-        self.remove_callback(PrinterCallback)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Train from a complete checkpoint, or from the start."""
@@ -120,11 +98,6 @@ class HymbaTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        assert isinstance(rows, Rows)
-        return SequentialSampler(rows)
-
     # The loss record.
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,8 +119,9 @@ class HymbaTrainer(Trainer):
             steps = len(losses) / self.args.gradient_accumulation_steps
             logs["loss"] = float(total) / steps
             seconds = self.meter.take()
-            if seconds > 0:
-                logs["tokens_per_second"] = (self.state.global_step - self._timed_from) * self.tokens_per_step / seconds
+            tokens = self.tokens_since(self._timed_from)
+            if seconds > 0 and tokens is not None:
+                logs["tokens_per_second"] = tokens / seconds
             self._timed_from = self.state.global_step
         entry = {"step": self.state.global_step, **logs}
         self.state.log_history.append(entry)
@@ -160,11 +134,9 @@ class HymbaTrainer(Trainer):
             # The handler takes any entry for the periodic one, which would then be left out.
             self.control.should_log = due
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step, over all devices."""
-        run = self.settings.run
-        return run.batch_size * run.gradient_accumulation * self.args.world_size * self._row_length
+    def tokens_since(self, step: int) -> int | None:
+        """Tokens of the steps after ``step``, over all devices; None where nobody counts them."""
+        return None
 
     def _read_pending(self, checkpoint: Path) -> None:
         """Losses of steps after the last log entry before the checkpoint: they belong to the next entry's mean."""
@@ -202,6 +174,50 @@ class HymbaTrainer(Trainer):
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+
+class HymbaTrainer(RecordedTrainer):
+    """Trains on :class:`Rows`, whose order is the order of training."""
+
+    def __init__(
+        self,
+        model: HymbaForCausalLM,
+        settings: TrainSettings,
+        rows: Rows,
+        *,
+        output: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self._record(settings, output)
+        self._row_length = rows.length
+        model.set_activation_checkpointing(settings.run.checkpointing)
+        # The logits of a batch are most of a step's peak, and nothing here reads them.
+        model.use_fused_loss(settings.run.device != "cpu" and torch.cuda.is_available())
+        super().__init__(
+            model=model,
+            args=training_arguments(settings, output),
+            train_dataset=rows,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=[self.meter, *callbacks],
+        )
+        # Progress and reports are callbacks of ours; transformers' printer would show every entry twice.
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(rows, Rows)
+        return SequentialSampler(rows)
+
+    def tokens_since(self, step: int) -> int:
+        return (self.state.global_step - step) * self.tokens_per_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all devices."""
+        run = self.settings.run
+        return run.batch_size * run.gradient_accumulation * self.args.world_size * self._row_length
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Read weights back through the released names; Trainer would take the file's names for the model's."""

@@ -44,12 +44,21 @@ def this_process() -> Holder:
 class Locks:
     """Locks on several files, all or none; a context manager that lets go of them.
 
+    Args:
+        paths: the files.
+        advice: what the user may do besides waiting, with what joins it to "wait for it".
+
     Raises:
         AblationError: a file is locked by a live process; names it and the file.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self.paths = list(paths)
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        *,
+        advice: str = ", choose another run.output, or take other runs with --only, --task and --seed",
+    ) -> None:
+        self.paths, self._advice = list(paths), advice
         self.stale: list[str] = []
         """A line for each lock that a process left behind and this one took over."""
         self._held: list[Path] = []
@@ -87,10 +96,7 @@ class Locks:
                 if not is_stale(path, holder):
                     named = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
                     since = "" if holder is None else f" since {holder.since}"
-                    raise AblationError(
-                        f"{path}: {named} is at work on this run{since}; wait for it, choose another run.output, "
-                        "or take other runs with --only, --task and --seed"
-                    )
+                    raise AblationError(f"{path}: {named} is at work on this run{since}; wait for it{self._advice}")
                 if _remove_stale(path, holder):
                     named = "an unreadable lock" if holder is None else f"process {holder.pid} on {holder.host}"
                     self.stale.append(f"{path}: left behind by {named}, which is gone; taken over")

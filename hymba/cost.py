@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hymba.config import HymbaConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SSM_BYTES = 4
+STATE_BYTES = 4
 """The SSM state is float32 whatever the model's dtype."""
 
 
@@ -191,7 +191,7 @@ def cache_bytes(
         windowed_kv=batch * windowed_kv,
         meta_kv=meta_kv,
         conv=batch * convolved * (config.mamba_d_conv - 1) * width,
-        ssm=batch * layers * inner * config.mamba_d_state * _SSM_BYTES,
+        ssm=batch * layers * inner * config.mamba_d_state * STATE_BYTES,
     )
 
 

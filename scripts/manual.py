@@ -35,6 +35,7 @@ REFERENCE: tuple[str, ...] = (
     "hymba.hub",
     "hymba.experiments",
     "hymba.analysis",
+    "hymba.analysis.architecture",
 )
 
 _MARK = re.compile(r'^(?P<fence> *(?:`{3,}|~{3,}) *[\w+-]*.*?) +no-run(?:="[^"]*")?', re.M)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hymba.commands import options as opt
+from hymba.commands.errors import UsageError
 from hymba.commands.models import load_config, locate
+from hymba.commands.terminal import note
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,6 +53,14 @@ def inspect(
         opt.CacheImplementation,
         typer.Option(metavar="KIND", help="dynamic, or static with room for --length.", rich_help_panel=_COST),
     ] = opt.CacheImplementation.dynamic,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also draw the architecture into this folder: masks, layers, hybrid head (SVG, PNG).",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Print what a model is and what it costs.
@@ -59,6 +70,8 @@ def inspect(
     """
     name = locate(model)
     config = load_config(name, revision=revision)
+    if figures is not None:
+        _draw(config, figures, length)
     static = cache_implementation is opt.CacheImplementation.static
     facts = describe(name, config, length=length, batch=batch_size, dtype=dtype.value, static=static)
     if as_json:
@@ -68,6 +81,22 @@ def inspect(
 
     console = Console()
     console.print(*_page(facts, config), sep="\n", highlight=False)
+
+
+def _draw(config: HymbaConfig, folder: Path, length: int) -> None:
+    """Write the figures of the architecture and say where.
+
+    Raises:
+        UsageError: matplotlib is not there.
+    """
+    try:
+        from hymba.analysis.drawings import write_figures
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UsageError("--figures needs matplotlib: pip install 'hymba[plots]'") from error
+    written = write_figures(config, folder, length=length)
+    note(f"written: {', '.join(map(str, written))}")
 
 
 def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: str, static: bool) -> dict[str, Any]:

@@ -38,6 +38,9 @@ def why_not_fused(model: HymbaForCausalLM) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}"
     for block in model.model.layers:
         if not isinstance(block, HymbaBlock) or type(block.mixer) is not HybridHeads:
             mixer = getattr(block, "mixer", block)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,30 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     raise CheckpointError(f"{folder}: no {single.name} and no {index.name}")
 
 
+# What quantisers write beside or in place of a weight: torchao, then bitsandbytes.
+_SIDE_TENSORS = (
+    re.compile(r"\._(weight|bias)_(?:act_(?:pre|quant)_)?(?:qdata|scale|zero_point|scale_and_zero|per_tensor_scale)$"),
+    re.compile(r"\.(weight)\.(?:nested_)?(?:absmax|quant_map|quant_state\..*)$"),
+    re.compile(r"\.(?:SCB|weight_format)()$"),
+)
+
+
+def parameter_of(name: str) -> str:
+    """The released name of the parameter that a tensor of a quantised file belongs to."""
+    for pattern in _SIDE_TENSORS:
+        if match := pattern.search(name):
+            name = f"{name[: match.start()]}.{match[1] or 'weight'}"
+            break
+    # Renaming spares side tensors of the few weights that it knows by their full names.
+    return released_name(our_name(name))
+
+
 def check_checkpoint(
     headers: Mapping[Path, dict[str, dict[str, Any]]],
     expected: dict[str, torch.Size],
     *,
     optional: Iterable[str] = (),
+    quantised: bool = False,
 ) -> None:
     """Compare what the files hold with what the model needs, by their headers alone.
 
@@ -169,19 +188,27 @@ def check_checkpoint(
         expected: released name to shape, for every parameter of the model.
         optional: names that may be there and are not read (`lm_head.weight` for the bare model), or may be missing
             (tied weights).
+        quantised: a quantiser has written the files. Its tensors stand for the parameter that they belong to, and
+            only the shapes of parameters that it left alone are compared.
 
     Raises:
         CheckpointError: missing, unknown or mis-shaped tensors.
     """
     optional = set(optional)
-    found: dict[str, tuple[Path, list[int]]] = {
+    found: dict[str, tuple[Path, list[int] | None]] = {
         name: (path, entry["shape"]) for path, header in headers.items() for name, entry in header.items()
     }
+    if quantised:
+        codes = {name for header in headers.values() for name, entry in header.items() if entry["dtype"] not in _DTYPES}
+        found = {
+            parameter_of(name): (path, None if name in codes or parameter_of(name) != name else shape)
+            for name, (path, shape) in sorted(found.items())
+        }
     problems = []
     for name, shape in expected.items():
         if name in found:
             path, actual = found[name]
-            if list(shape) != list(actual):
+            if actual is not None and list(shape) != list(actual):
                 problems.append(f"{name} in {path.name}: expected shape {list(shape)}, found {list(actual)}")
         elif name not in optional:
             problems.append(f"{name}: missing, expected shape {list(shape)}")
@@ -208,12 +235,21 @@ def holds_nan(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isnan()) and bool(tensor.isnan().any())
 
 
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The ordinary tensors that a tensor consists of: itself, or the codes and scales of a quantised one."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor.detach()
+
+
 def scan_for_nan(model: nn.Module) -> list[str]:
     """Names (as in the file) of parameters that hold a NaN, with one warning that names them."""
     bad = [
         released_name(name)
         for name, tensor in model.named_parameters()
-        if tensor.is_floating_point() and not tensor.is_meta and holds_nan(tensor.detach())
+        if any(part.is_floating_point() and not part.is_meta and holds_nan(part) for part in plain_tensors(tensor))
     ]
     if bad:
         logger.warning(f"the checkpoint holds NaN in {len(bad)} tensors: {', '.join(bad)}")

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from hymba import hub, saving
+from hymba import hub, quantization, saving
 from hymba.config import KEYS_REPORTED, HymbaConfig, check_attention_implementation, nearest
 
 _on_hub_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda path: False)
@@ -31,12 +31,20 @@ class _Files:
         cls: the class that loads it. headers: header of each file.
         keep_dtypes: parameters get the dtype that they have in the file.
         renamed: the caller has a name table of their own.
+        quantised: a quantiser has written the files.
     """
 
     def __init__(
-        self, cls: type, headers: Mapping[Path, dict[str, dict[str, Any]]], *, keep_dtypes: bool, renamed: bool
+        self,
+        cls: type,
+        headers: Mapping[Path, dict[str, dict[str, Any]]],
+        *,
+        keep_dtypes: bool,
+        renamed: bool,
+        quantised: bool,
     ) -> None:
-        self.cls, self.headers, self.keep_dtypes, self.renamed = cls, headers, keep_dtypes, renamed
+        self.cls, self.headers, self.quantised = cls, headers, quantised
+        self.keep_dtypes, self.renamed = keep_dtypes and not quantised, renamed
         entries = [item for header in headers.values() for item in header.items()]
         self.codes = {hub.our_name(name): entry["dtype"] for name, entry in entries}
         # A bare HymbaModel was saved: its names lack the prefix.
@@ -96,6 +104,7 @@ class CheckpointMixin:
 
         Raises:
             CheckpointError: missing, unknown, mis-shaped or truncated tensors, a missing shard, pickled weights.
+            QuantizationError: quantised weights that this machine cannot run.
             ConfigError: a configuration that cannot be built, or an unknown keyword.
         """
         check_attention_implementation(kwargs.get("attn_implementation"))
@@ -114,9 +123,9 @@ class CheckpointMixin:
                         config or pretrained_model_name_or_path, **location, **overrides
                     )
             cls._check_keywords(kwargs)
-            quantised = getattr(config, "quantization_config", None) is not None
+            method = quantization.method(config)
             with _naming(pretrained_model_name_or_path):
-                own = plain and not quantised
+                own = plain and method in (None, *quantization.BACKENDS)
                 folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if own else None
             if folder is not None and not os.path.isfile(folder / "adapter_config.json"):
                 paths = hub.weight_files(folder, variant=kwargs.get("variant"))
@@ -125,6 +134,7 @@ class CheckpointMixin:
                     {path: hub.read_header(path) for path in paths},
                     keep_dtypes=kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"),
                     renamed=kwargs.get("key_mapping") is not None,
+                    quantised=method is not None,
                 )
                 if files.keep_dtypes and files.codes:
                     kwargs.pop("torch_dtype", None)
@@ -135,6 +145,8 @@ class CheckpointMixin:
         finally:
             _FILES.reset(token)
             KEYS_REPORTED.reset(reported)
+        if getattr(model, "hf_quantizer", None) is not None:
+            quantization.settle(model)
         hub.scan_for_nan(model)
         generation = getattr(model, "generation_config", None)
         if generation is not None and generation.use_cache is False:
@@ -155,7 +167,7 @@ class CheckpointMixin:
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        with saving.replacing(save_directory) as writing:
+        with quantization.saveable(self), saving.replacing(save_directory) as writing:
             super().save_pretrained(writing, *args, **kwargs)  # type: ignore[misc]
 
     def post_init(self) -> None:
@@ -232,7 +244,7 @@ class CheckpointMixin:
             optional.add("lm_head.weight")
         if files.bare:
             expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
-        hub.check_checkpoint(files.headers, expected, optional=optional)
+        hub.check_checkpoint(files.headers, expected, optional=optional, quantised=files.quantised)
 
 
 def _finish_save(name_or_path: str | os.PathLike[str], subfolder: str | None) -> None:

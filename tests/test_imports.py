@@ -33,7 +33,8 @@ def room(inside: str = "", packages: str | None = None, refused: frozenset[str] 
 
 NO_TRANSFORMERS = KERNELS | {"transformers"}
 CORE = "cache nn ops config layout adapters"
-MODEL = f"model training decode_loop decoding fused_decoding generation loading hub inputs memory cost {CORE}"
+GENERATION = "generation decode_loop decoding fused_decoding inputs memory cost"
+MODEL = f"model training loading quantization hub {GENERATION} {CORE}"
 ROOMS = {
     "ops": room(packages=" ".join({"torch", *KERNELS})),
     "layout": room(packages=""),
@@ -48,7 +49,8 @@ ROOMS = {
     "cache": room("nn ops config layout"),
     "hub": room("config layout"),
     "saving": room(packages=""),
-    "loading": room("hub saving config layout"),
+    "quantization": room("hub config layout"),
+    "loading": room("hub quantization saving config layout"),
     "decoding": room(f"fused_decoding {CORE}", refused=NO_TRANSFORMERS),
     "fused_decoding": room(CORE, refused=NO_TRANSFORMERS),
     "decode_loop": room(f"decoding {CORE}"),
@@ -62,7 +64,8 @@ ROOMS = {
     "commands": room(f"__init__ chat experiments eval analysis finetuning {MODEL}"),
     "cli": room(f"__init__ commands {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
-    "__init__": room(MODEL),
+    "__init__": room(f"_notices {MODEL}"),
+    "_notices": room(packages=""),
     "__main__": room("cli"),
 }
 

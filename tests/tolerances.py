@@ -23,6 +23,14 @@ OPERATOR = 1e-5
 """Largest difference between the scan's operator times its inputs and its output, float32, over the largest output (or
 1 where that is smaller)."""
 
+RELATIVE = 1e-4
+"""||a - b|| / ||b|| of float32 logits of whatever scale on two ways through one quantised model."""
+BFLOAT16_RELATIVE = 0.04
+"""The same in bfloat16, whose roundings fall differently; `GPU_BFLOAT16` says what they come to."""
+QUANTISED = {"int8": 0.06, "int4": 0.6}
+"""||got - want|| / ||want|| of logits of a small random model, quantised against plain: a weight is off by 1/250 of the
+largest of its row, or by up to 1/30 of its group's range, and every layer adds its own. Trained weights do better."""
+
 # On a GPU (tests/gpu). TF32 is off, so float32 differs from the CPU by the order of sums only.
 GPU_LOGITS = 2e-4
 """Largest absolute difference of logits and hidden states from the reference implementation's, float32."""

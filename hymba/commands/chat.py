@@ -54,6 +54,7 @@ def chat(
     revision: opt.Revision = None,
     dtype: opt.ModelDType = opt.DType.auto,
     device: opt.Device = "auto",
+    quantization: opt.Quantization = None,
     prepack: opt.Prepack = False,
     max_new_tokens: opt.MaxNewTokens = 256,
     repetition_penalty: opt.RepetitionPenalty = None,
@@ -86,7 +87,7 @@ def chat(
 
         from hymba.chat import Conversation, generation_settings
 
-        network, tokenizer = load(name, dtype=dtype.value, device=device, revision=revision)
+        network, tokenizer = load(name, dtype=dtype.value, device=device, revision=revision, quantization=quantization)
     sampling = (temperature, top_k, top_p, min_p)
     settings = generation_settings(
         network,

@@ -63,6 +63,7 @@ def generate(
     revision: opt.Revision = None,
     dtype: opt.ModelDType = opt.DType.auto,
     device: opt.Device = "auto",
+    quantization: opt.Quantization = None,
     prepack: opt.Prepack = False,
     max_new_tokens: Annotated[
         int | None,
@@ -124,7 +125,7 @@ def generate(
 
         from hymba.chat import generation_settings
 
-        network, tokenizer = load(name, dtype=dtype.value, device=device, revision=revision)
+        network, tokenizer = load(name, dtype=dtype.value, device=device, revision=revision, quantization=quantization)
     settings = generation_settings(
         network,
         tokenizer,

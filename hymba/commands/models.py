@@ -75,12 +75,22 @@ def load_config(name: str, *, revision: str | None = None) -> HymbaConfig:
 
 
 def load(
-    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[HymbaForCausalLM, PreTrainedTokenizerBase]:
     """The model, in evaluation mode on its device, and its tokenizer.
 
+    Args:
+        quantization: `"int8"` or `"int4"`: round the large weights while they are read (`hymba.quantization`).
+
     Raises:
-        UsageError: a device that is not there or lacks the dtype, a folder without a tokenizer.
+        UsageError: a device that is not there or lacks the dtype, a folder without a tokenizer, a checkpoint that is
+            quantised already.
+        QuantizationError: weights that cannot be quantised so, or not run on this device.
         MemoryEstimateError: weights that will not fit on the device.
         ConfigError, CheckpointError: files that do not make a model.
     """
@@ -88,12 +98,16 @@ def load(
     from transformers.utils import logging
 
     from hymba.model import HymbaForCausalLM
+    from hymba.quantization import method
 
     where = _device(device)
     # Found out before gigabytes of weights are read.
     config = load_config(name, revision=revision)
     dtype = _dtype_there(dtype, config, where)
-    _check_weights_fit(config, dtype, where)
+    keywords: dict[str, Any] = {}
+    if quantization is not None:
+        dtype, keywords = _quantised(str(quantization), config, dtype, where)
+    _check_weights_fit(config, dtype, where, quantization)
     logging.disable_progress_bar()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -103,9 +117,36 @@ def load(
         raise UsageError(
             f"--model {name}: no tokenizer can be loaded from it{why}; needed: tokenizer.json and tokenizer_config.json"
         ) from error
-    keywords = {} if revision is None else {"revision": revision}
+    if method(config) is not None:
+        keywords["device_map"] = {"": where}
+    if revision is not None:
+        keywords["revision"] = revision
     model = HymbaForCausalLM.from_pretrained(name, dtype=dtype, **keywords)
-    return model.to(where).eval(), tokenizer
+    return model.eval() if "device_map" in keywords else model.to(where).eval(), tokenizer
+
+
+def _quantised(kind: str, config: HymbaConfig, dtype: str, device: str) -> tuple[str, dict[str, Any]]:
+    """The dtype around quantised weights, and what `from_pretrained` has to be told.
+
+    Raises:
+        UsageError: the checkpoint is quantised already, torchao is missing.
+    """
+    from hymba.commands.terminal import note
+    from hymba.quantization import method, quantization_config
+
+    if (present := method(config)) is not None:
+        raise UsageError(
+            f"--quantization {kind}: the checkpoint's weights are quantised already ({present}); leave the option out"
+        )
+    try:
+        settings = quantization_config(kind, config=config, device=device)
+    except ImportError as error:
+        raise UsageError(f"--quantization {kind}: {str(error).partition(': ')[2]}") from error
+    file = str(config.dtype or "float32").removeprefix("torch.")
+    if kind == "int4" and dtype == "auto" and file != "bfloat16":
+        note("int4 weights are quick beside bfloat16 activations only: running in bfloat16 (--dtype says otherwise)")
+        dtype = "bfloat16"
+    return dtype, {"quantization_config": settings, "device_map": {"": device}}
 
 
 @contextmanager
@@ -180,17 +221,19 @@ def _dtype_there(dtype: str, config: HymbaConfig, device: str) -> str:
     return dtype
 
 
-def _check_weights_fit(config: HymbaConfig, dtype: str, device: str) -> None:
+def _check_weights_fit(config: HymbaConfig, dtype: str, device: str, quantization: str | None) -> None:
     from hymba import cost, memory
 
     name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-    size = cost.parameters(config).total * cost.DTYPE_BYTES.get(name, 4)
+    # int4 has a scale and a zero point of 16 bits for every 32 codes; what is kept is small beside the rest.
+    width = {"int8": 1.0, "int4": 0.625}.get(quantization or "", cost.DTYPE_BYTES.get(name, 4))
+    size = cost.parameters(config).total * width
     free = memory.free_bytes(device)
     if free is not None and size > free and memory.enabled():
-        smaller = "" if cost.DTYPE_BYTES.get(name, 4) == 2 else " --dtype bfloat16 takes half;"
+        smaller = "" if width <= 2 else " --dtype bfloat16 takes half;"
         raise memory.MemoryEstimateError(
-            f"the weights need {size / 2**30:.1f} GiB in {name} and {device} has {free / 2**30:.1f} GiB free;{smaller} "
-            f"--device cpu needs none of it ({memory.ENV}=off tries anyway)"
+            f"the weights need {size / 2**30:.1f} GiB in {quantization or name} and {device} has "
+            f"{free / 2**30:.1f} GiB free;{smaller} --device cpu needs none of it ({memory.ENV}=off tries anyway)"
         )
 
 

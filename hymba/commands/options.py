@@ -19,6 +19,13 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class QuantizationKind(StrEnum):
+    """Weights rounded while they are read."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 class CacheImplementation(StrEnum):
     """A cache that grows, or one with buffers of a fixed size."""
 
@@ -49,6 +56,15 @@ ModelDType = Annotated[
 Device = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto (CUDA when there is one), cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL),
+]
+Quantization = Annotated[
+    QuantizationKind | None,
+    typer.Option(
+        "--quantization",
+        metavar="KIND",
+        help="Round the large weights while reading them: int8 or int4 (torchao).",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Prepack = Annotated[
     bool,

@@ -8,7 +8,17 @@ pytest := $(python) -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Runs that look for a wrong version or a missing file, not for a wrong number.
 brief := --hypothesis-profile brief -m "not slow"
 
-.PHONY: help demo test test-library test-interpreter check lint types docs test-oldest test-wheel thorough format clean
+# The suite in parts that CI times one by one; `core` is all that is in no other part.
+experiments := tests/experiments tests/analysis tests/test_model_configs.py
+ecosystem := tests/ecosystem
+manual := tests/docs
+but = $(addprefix --ignore=,$(1))
+core := tests $(call but,$(experiments) $(ecosystem) $(manual))
+# Coverage adds up over the parts; the last one reports, and fails when it is too low.
+covered := --cov --cov-append
+silent := --cov-report= --cov-fail-under=0
+
+.PHONY: help demo test test-core test-experiments test-ecosystem test-interpreter check lint types docs test-oldest test-wheel thorough format clean
 
 help:
 	@echo "make demo         set up, then generate from the embedded model and inspect it"
@@ -38,11 +48,16 @@ demo: $(VENV)/.installed
 # Triton has wheels for Linux only; elsewhere its kernels stay unmeasured, and so the gate on coverage is off.
 linux := $(filter Linux,$(shell uname -s))
 
-test: $(if $(linux),test-interpreter) test-library
+test: $(if $(linux),test-interpreter) test-core test-experiments test-ecosystem
 
-# The coverage of the kernels, gathered by test-interpreter, counts when it ran before.
-test-library: $(VENV)/.installed-dev
-	$(pytest) --cov $(if $(linux),--cov-append,--cov-fail-under=0) --property-cases 200
+test-core: $(VENV)/.installed-dev
+	$(pytest) $(if $(linux),$(covered),--cov) $(silent) --property-cases 200 $(core)
+
+test-experiments: $(VENV)/.installed-dev
+	$(pytest) $(covered) $(silent) $(experiments)
+
+test-ecosystem: $(VENV)/.installed-dev
+	$(pytest) $(covered) $(if $(linux),,--cov-fail-under=0) $(ecosystem) $(manual)
 
 check:
 	@bash .ci/run
@@ -59,14 +74,14 @@ docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 test-oldest: $(VENV)/.installed-dev
-	overlay=$$(scripts/overlay.sh oldest) && PYTHONPATH=$$overlay $(pytest) $(brief)
+	overlay=$$(scripts/overlay.sh oldest) && PYTHONPATH=$$overlay $(pytest) $(brief) tests $(call but,$(experiments) $(manual))
 
 test-interpreter: $(VENV)/.installed-dev
 	overlay=$$(scripts/overlay.sh interpreter) && \
 		PYTHONPATH=$$overlay TRITON_INTERPRET=1 $(pytest) --cov --cov-report= --cov-fail-under=0 tests/ops/test_triton_*.py
 
 test-wheel: $(VENV)/.installed-dev
-	scripts/test_wheel.sh -n auto --maxprocesses 8 --dist worksteal $(brief)
+	scripts/test_wheel.sh -n auto --maxprocesses 8 --dist worksteal $(brief) $(core)
 
 thorough: $(VENV)/.installed-dev
 	$(pytest) --hypothesis-profile thorough --property-cases 10000 -m hypothesis

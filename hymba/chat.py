@@ -29,8 +29,8 @@ _STAND_IN = "\ue000"
 """A private-use character for an answer; nothing searches for it, so that a text with one does no harm."""
 _CONTEXT = 16
 """Tokens before a text that decide how its first token reads."""
-# Values that leave greedy decoding without complaints about sampling options that a checkpoint's file carries.
-_NO_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+NO_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+"""Values that leave greedy decoding without complaints about sampling options that a checkpoint's file carries."""
 
 
 class ChatError(ValueError):
@@ -58,12 +58,12 @@ def generation_settings(
         if name not in vars(config):
             known = [key for key in vars(config) if not key.startswith("_")]
             raise ChatError(f"{name}={options[name]!r} is not a generation option.{nearest(name, known)}")
-    sampling = [name for name in _NO_SAMPLING if name in options]
+    sampling = [name for name in NO_SAMPLING if name in options]
     if sampling and not options.setdefault("do_sample", True):
         named = ", ".join(f"{name}={options[name]!r}" for name in sampling)
         raise ChatError(f"do_sample=False decodes greedily, and {named} would do nothing; leave out one or the other")
     if not options.get("do_sample", config.do_sample):
-        options |= _NO_SAMPLING
+        options |= NO_SAMPLING
     for name, value in options.items():
         setattr(config, name, value)
     ends = end_tokens(config, tokenizer)
@@ -78,6 +78,20 @@ def end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> 
     named = config.eos_token_id
     ids = list(named) if isinstance(named, (list, tuple)) else [named]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def default_stops(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """Texts that end an answer: the end of sequence written out, and the next turn's marker in released templates."""
+    # As text too: a model may spell them out in ordinary tokens.
+    stops = [tokenizer.eos_token] if isinstance(tokenizer.eos_token, str) else []
+    stops += [TURN_MARKER] if TURN_MARKER in template else []
+    return [stop for stop in stops if stop]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stops: Iterable[str]) -> set[int]:
+    """Ids of the stop strings that are one token of their own, which no text would show."""
+    added = tokenizer.get_added_vocab()
+    return {added[stop] for stop in stops if stop in added}
 
 
 class Detokenizer:
@@ -143,16 +157,22 @@ class _Mark:
     snapshot: CacheSnapshot
 
 
-class _Listener(StoppingCriteria):
+class Listener(StoppingCriteria):
     """Follows the tokens of one row: their text, stop strings, and the cache as it was before one began.
 
-    transformers asks it after a token is sampled and before the model takes the token in.
+    As a stopping criterion it is asked after a token is sampled and before the model takes the token in.
+
+    Args:
+        detokenizer: makes the text.
+        cache: of the row; `None` when nobody will go back to where a stop string began.
+        stops: stop strings. ends: ids that end the text.
+        on_text: receives the text piece by piece, a stop string and what follows it left out.
     """
 
     def __init__(
         self,
         detokenizer: Detokenizer,
-        cache: HymbaCache,
+        cache: HymbaCache | None,
         stops: Sequence[str],
         ends: Iterable[int],
         on_text: Callable[[str], None] | None,
@@ -178,7 +198,7 @@ class _Listener(StoppingCriteria):
         start = len(self.text)
         self.tokens.append(token)
         piece = self.detokenizer.push(token)
-        if any(stop[0] in piece for stop in self.stops):
+        if self.cache is not None and any(stop[0] in piece for stop in self.stops):
             self.marks.append(_Mark(start, len(self.tokens) - 1, self.cache.snapshot()))
         self.text += piece
         safe = self._scan()
@@ -265,9 +285,7 @@ class Conversation:
             template = template.get("tool_use" if tools else "default", template.get("default"))
         self.template: str = template or released_template()
         if stop_strings is None:
-            # As text too: a model may spell them out in ordinary tokens.
-            stop_strings = [tokenizer.eos_token] if isinstance(tokenizer.eos_token, str) else []
-            stop_strings += [TURN_MARKER] if TURN_MARKER in self.template else []
+            stop_strings = default_stops(tokenizer, self.template)
         self.stop_strings = [stop for stop in stop_strings if stop]
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
@@ -329,7 +347,7 @@ class Conversation:
 
         prompt = before.ids + added
         ends = self._ends(settings)
-        listener = _Listener(Detokenizer(self.tokenizer, prompt), self.cache, self.stop_strings, ends, on_text)
+        listener = Listener(Detokenizer(self.tokenizer, prompt), self.cache, self.stop_strings, ends, on_text)
         undo = self.cache.snapshot()
         interrupted = False
         try:
@@ -357,7 +375,7 @@ class Conversation:
         rendered: str,
         prompt: list[int],
         added: int,
-        listener: _Listener,
+        listener: Listener,
         interrupted: bool,
     ) -> Reply:
         """Settle what the answer is, bring cache and tokens in line with it, and take note of the turn."""
@@ -435,9 +453,7 @@ class Conversation:
 
     def _ends(self, settings: GenerationConfig) -> list[int]:
         """End tokens, and stop strings that are one token of their own; completes the settings with them."""
-        ends = set(end_tokens(settings, self.tokenizer))
-        added = self.tokenizer.get_added_vocab()
-        ends |= {added[stop] for stop in self.stop_strings if stop in added}
+        ends = {*end_tokens(settings, self.tokenizer), *stop_tokens(self.tokenizer, self.stop_strings)}
         settings.eos_token_id = sorted(ends) or None
         return sorted(ends)
 

@@ -13,6 +13,7 @@ from hymba.commands.env import env
 from hymba.commands.errors import DEBUG, Commands
 from hymba.commands.generate import generate
 from hymba.commands.inspect import inspect
+from hymba.commands.serve import serve
 from hymba.commands.train import train
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     # Paragraphs of the docstrings flow with the terminal's width.
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Hymba, the hybrid-head language model: generate, chat, inspect, train, ablate, analyze.",
+    help="Hymba, the hybrid-head language model: generate, chat, serve, inspect, train, ablate, analyze.",
 )
 
 
@@ -45,7 +46,7 @@ def _options(
     """Options of the command itself; `Commands` takes `--debug` out before they are parsed."""
 
 
-for command in (generate, chat, inspect, train, ablate, env):
+for command in (generate, chat, serve, inspect, train, ablate, env):
     app.command()(command)
 app.add_typer(analyze, name="analyze")
 

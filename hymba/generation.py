@@ -17,6 +17,10 @@ from hymba.inputs import InputError, check_ids, check_mask
 from hymba.memory import MemoryBytes, check_fits, generation_bytes
 
 _FINISHED = "finished_rows"
+NO_CONTINUOUS_BATCHING = (
+    "transformers' continuous batching keeps blocks of keys and values, of full or sliding attention only; a Hymba "
+    "layer also has a convolution window and an SSM state, which that cache has no place for"
+)
 # Tokens that one call of a prefill takes in at most: longer prompts are cut, so that activations stay bounded (about
 # 60 kB a token at 1.5B). Rows of a large batch get at least the second number.
 _PREFILL_TOKENS = 32768
@@ -80,6 +84,13 @@ class HymbaGenerationMixin(GenerationMixin):
                 "inputs_embeds: None"
             )
         return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Not possible with transformers' paged cache; `generate_batch` and `transformers serve` ask for this.
+
+        Its allocators are chosen by layer type, and a hybrid layer has none.
+        """
+        raise InputError(f"{NO_CONTINUOUS_BATCHING}. Use generate() with a padded batch")
 
     def _check_batch(self, tokens: Tensor, mask: Tensor | None, past: HymbaCache | None) -> None:
         rows, length = tokens.shape[:2]

@@ -57,11 +57,12 @@ ROOMS = {
     "generation": room(f"decode_loop decoding inputs memory cost {CORE}"),
     "model": room(f"training generation decode_loop decoding loading inputs memory cost {CORE}"),
     "chat": room(MODEL),
+    "serving": room(f"chat {MODEL}"),
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),
     "analysis": room(f"__init__ experiments saving {MODEL}"),
     "finetuning": room(f"__init__ chat experiments saving {MODEL}"),
-    "commands": room(f"__init__ chat experiments eval analysis finetuning {MODEL}"),
+    "commands": room(f"__init__ chat serving experiments eval analysis finetuning {MODEL}"),
     "cli": room(f"__init__ commands {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
     "__init__": room(f"_notices {MODEL}"),

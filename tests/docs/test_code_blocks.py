@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not PAGES, reason="the pages are in the reposito
 @pytest.fixture(scope="module", autouse=True)
 def released(tmp_path_factory: pytest.TempPathFactory, hub_stand_in: Callable[[str, Path], None]) -> None:
     """The released names mean a tiny checkpoint with a tokenizer of the same kind."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("released") / "checkpoint", llama_tokenizer())
+    tokenizer = llama_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("released") / "checkpoint", tokenizer)
     for name in RELEASED:
         hub_stand_in(name, folder)
 

@@ -39,6 +39,32 @@ def small_config(**fields: Any) -> HymbaConfig:
     return HymbaConfig(**(base | fields))
 
 
+def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model of any size with its layers kept and every width as small as they allow."""
+
+    def layer(entry: dict[str, Any]) -> dict[str, Any]:
+        if "layers" in entry:
+            return {**entry, "layers": [layer(each) for each in entry["layers"]]}
+        small = dict(entry)
+        if entry.get("window"):
+            small["window"] = 4
+        if entry.get("ssm") == "mamba2":
+            small["ssm_head_dim"] = 4
+        if entry.get("v_head_dim"):
+            small["v_head_dim"] = 2
+        return small
+
+    heads = fields["num_attention_heads"]
+    tiny = {"hidden_size": 4 * heads if heads > 1 else 8, "intermediate_size": 8, "vocab_size": 17, "mamba_d_state": 4}
+    if fields.get("num_memory_tokens"):
+        tiny["num_memory_tokens"] = 3
+    if fields.get("sliding_window"):
+        tiny["sliding_window"] = 4
+    if fields.get("layer_pattern"):
+        tiny["layer_pattern"] = [layer(entry) for entry in fields["layer_pattern"]]
+    return {**fields, **tiny, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Give every tensor values on which the output depends strongly, norms and biases included.

@@ -57,14 +57,14 @@ SIZES = {
         more={"mamba_d_state": 8, "rope_type": "default", "max_position_embeddings": 2048},
     ),
     "125m": Size(
-        24, 512, 8, 4, 1024, "shape of table 11 of the paper; global layers and KV groups are ours (13 of 24 layers own "
-        "keys and values, as the parameter count asks)", mlp=1664,
+        24, 512, 8, 4, 1024, "shape of table 11 of the paper; global layers and KV groups are ours (13 of 24 layers "
+        "own keys and values, as the parameter count asks)", mlp=1664,
     ),
     "300m": Size(
-        12, 1024, 16, 4, 256, "layers, widths, heads and window derived from the paper's tables 1 and 10; MLP width and "
-        "vocabulary are ours", target=300e6,
+        12, 1024, 16, 4, 256, "layers, widths, heads and window derived from the paper's tables 1 and 10; MLP width "
+        "and vocabulary are ours", target=300e6,
         llama={"hidden_size": 1080, "num_attention_heads": 15, "num_key_value_heads": 15},
-        llama_source="Layers and the 1,080 numbers of a key derived from the paper's table 10, row 6; the rest is ours.",
+        llama_source="Layers and the 1,080 numbers of a key follow from the paper's table 10, row 6; rest ours.",
     ),
     "350m": Size(
         32, 768, 12, 4, 1024, "shape of table 11 of the paper; global layers and KV groups are the 1.5B release's",

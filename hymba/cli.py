@@ -9,6 +9,7 @@ import typer
 from hymba.commands.ablate import ablate
 from hymba.commands.analyze import analyze
 from hymba.commands.chat import chat
+from hymba.commands.convert import convert
 from hymba.commands.env import env
 from hymba.commands.errors import DEBUG, Commands
 from hymba.commands.generate import generate
@@ -46,7 +47,7 @@ def _options(
     """Options of the command itself; `Commands` takes `--debug` out before they are parsed."""
 
 
-for command in (generate, chat, serve, inspect, train, ablate, env):
+for command in (generate, chat, serve, inspect, train, ablate, convert, env):
     app.command()(command)
 app.add_typer(analyze, name="analyze")
 

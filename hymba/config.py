@@ -417,6 +417,10 @@ class HymbaConfig(PreTrainedConfig):
             setattr(config, key, value)
         return (config, kwargs) if return_unused else config
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: code of an installed package is not copied beside checkpoints. See `hymba.conversion`."""
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, readable by the reference."""
         # PEFT asks for this dictionary before it looks the model type up in its table of default targets.

@@ -244,13 +244,18 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor.detach()
 
 
-def scan_for_nan(model: nn.Module) -> list[str]:
-    """Names (as in the file) of parameters that hold a NaN, with one warning that names them."""
-    bad = [
+def nan_tensors(model: nn.Module) -> list[str]:
+    """Names (as in the file) of parameters that hold a NaN."""
+    return [
         released_name(name)
         for name, tensor in model.named_parameters()
         if any(part.is_floating_point() and not part.is_meta and holds_nan(part) for part in plain_tensors(tensor))
     ]
+
+
+def scan_for_nan(model: nn.Module) -> list[str]:
+    """`nan_tensors`, with one warning that names them."""
+    bad = nan_tensors(model)
     if bad:
         logger.warning(f"the checkpoint holds NaN in {len(bad)} tensors: {', '.join(bad)}")
     return bad

@@ -170,6 +170,10 @@ class CheckpointMixin:
         with quantization.saveable(self), saving.replacing(save_directory) as writing:
             super().save_pretrained(writing, *args, **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: code of an installed package is not copied beside checkpoints. See `hymba.conversion`."""
+
     def post_init(self) -> None:
         """Hold the model that is being built for a checkpoint to its files, before a tensor is allocated.
 

@@ -61,8 +61,9 @@ ROOMS = {
     "experiments": room(f"__init__ {MODEL}"),
     "eval": room(f"__init__ {MODEL}"),
     "analysis": room(f"__init__ experiments saving {MODEL}"),
+    "conversion": room(f"__init__ experiments {MODEL}"),
     "finetuning": room(f"__init__ chat experiments saving {MODEL}"),
-    "commands": room(f"__init__ chat serving experiments eval analysis finetuning {MODEL}"),
+    "commands": room(f"__init__ chat conversion serving experiments eval analysis finetuning {MODEL}"),
     "cli": room(f"__init__ commands {MODEL}"),
     # The package itself gathers the public names and registers the Auto classes.
     "__init__": room(f"_notices {MODEL}"),

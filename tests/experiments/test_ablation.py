@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import json
 import os
 import signal
@@ -664,3 +665,24 @@ def test_the_command_checks_and_refuses(file, tmp_path):
     assert runner.invoke(app, ["ablate", str(path), "--table"]).exit_code == 0
     assert "3 missing" not in (tmp_path / "out" / "table.md").read_text()
     assert Path(tmp_path / "out" / "table.csv").read_text().count("\n") == 4
+
+
+def test_heat_maps_of_tasks_at_several_lengths(file, tmp_path):
+    task = {"name": "needle", "length": 12, "facts": 2, "keys": 4, "values": 2, "fillers": 2}
+    names = ("far", "near", "text")
+    tasks = [{"name": name, "task": None if name == "text" else task} for name in names]
+    path = file(variants={"hymba": None}, seeds=[0, 1], tasks=tasks)
+    ablate(path)
+    cells = [[[1.0, None], [0.5, 0.0]], [[0.0, None], [1.0, None]]]
+    for name, seed in itertools.product(names, (0, 1)):
+        result = tmp_path / "out" / "runs" / "hymba" / name / f"seed-{seed}" / "result.json"
+        lines = 2 if name == "far" else 1
+        held_out = {"lengths": [12, 20][:lines], "depths": [0, 1], "grid": cells[seed][:lines]}
+        result.write_text(
+            json.dumps(json.loads(result.read_text()) | ({} if name == "text" else {"held_out": held_out}))
+        )
+    ablate(path, mode="table")
+    maps = json.loads((tmp_path / "out" / "heat-maps.json").read_text(encoding="utf-8"))
+    grid = [[0.5, None], [0.75, 0.0]]
+    assert maps == {"far": {"hymba": {"lengths": [12, 20], "depths": [0, 1], "grid": grid}}}
+    assert (tmp_path / "out" / "heat-maps.png").is_file()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hymba.experiments.ablation.plan import Plan
 from hymba.experiments.ablation.table import columns, training_log
 from hymba.experiments.ablation.worker import read_log, tokens_trained_on
+from hymba.experiments.tasks.heat_maps import draw_heat_maps
 
 MISSING = "plots: matplotlib is not there: pip install 'hymba[plots]'"
 _CURVES = ("loss", "accuracy", "bits_per_byte")
@@ -16,7 +17,9 @@ _CURVES = ("loss", "accuracy", "bits_per_byte")
 
 
 def draw(plan: Plan, table: Mapping[str, Any]) -> list[Path]:
-    """Write `metrics.png`, `curves.png` and `cost.png` to the output folder, those for which there are numbers.
+    """Write `metrics.png`, `curves.png`, `cost.png` and `heat-maps.png` to the output folder, those with numbers.
+
+    The heat maps are of tasks that are measured at several lengths; their numbers are in `heat-maps.json`.
 
     Raises:
         ImportError: matplotlib is missing; the message is :data:`MISSING`.
@@ -33,7 +36,38 @@ def draw(plan: Plan, table: Mapping[str, Any]) -> list[Path]:
         if figure is not None:
             figure.savefig(plan.output / name, dpi=150)
             written.append(plan.output / name)
+    maps = heat_maps(plan)
+    if maps:
+        written.append(draw_heat_maps(maps, plan.output / "heat-maps.png"))
     return written
+
+
+def heat_maps(plan: Plan) -> dict[str, dict[str, dict[str, Any]]]:
+    """Task to variant to accuracy over length and depth (or distance), the mean over the seeds that are done.
+
+    Tasks that are measured at one length are left out.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in plan.settings.tasks:
+        for variant in plan.settings.variants:
+            results = [result for unit in plan.select([variant], [task.name]) if (result := unit.result())]
+            held_out = [result.get("held_out") or {} for result in results]
+            measured = [result for result in held_out if len(result.get("grid", ())) > 1]
+            if measured:
+                grids = [result["grid"] for result in measured]
+                found.setdefault(task.name, {})[variant] = {**measured[0], "grid": mean_grid(grids)}
+    return found
+
+
+def mean_grid(grids: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:
+    """Cell by cell; a cell in which nothing was asked is None, and is left out of the mean."""
+    mean: list[list[float | None]] = []
+    for lines in zip(*grids):
+        mean.append([])
+        for cell in zip(*lines):
+            asked = [value for value in cell if value is not None]
+            mean[-1].append(sum(asked) / len(asked) if asked else None)
+    return mean
 
 
 def _figure(panels: int, height: float, columns: int = 3) -> tuple[Any, list[Any]]:

@@ -1,14 +1,15 @@
-"""The sequence ops: selective scan and causal convolution, forward and backward, against their floors.
+"""The sequence ops: both scans and the causal convolution, forward and backward, against their floors.
 
     python -m benchmarks.ops                        # the released widths, 8 x 8192, bf16, on the GPU
     python -m benchmarks.ops --sweep                # the same with other tiles and register limits
     python -m benchmarks.ops --device cpu --batch 16 --length 256 --channels 320 --dtype float32
 
 Checks every backend first, values and every gradient, against the float64 reference on a small case of the same
-width; prints no number for one that fails. Where mamba-ssm is installed, its CUDA scan runs in the same process.
+width; prints no number for one that fails. Where mamba-ssm is installed, its scans run in the same process.
 
 The floors: bytes that must move (each input read once, each output written once) over a measured copy bandwidth, and
-for the scan one exponential per step, channel and state, in backward a second one, over 16 per clock and SM.
+for the scan of Mamba-1 one exponential per step, channel and state, in backward a second one, over 16 per clock and SM.
+The scan of Mamba-2 has products instead: hymba/ops/triton/ssd.py and ssd_backward.py count them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import copy_bandwidth, report, spread, times
-from hymba.ops import available, causal_conv1d, selective_scan
+from hymba.ops import available, causal_conv1d, selective_scan, ssd_scan
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """||got - want|| / ||want|| of outputs and gradients against float64."""
@@ -49,6 +50,16 @@ def conv_inputs(b: int, l: int, d: int, dtype: torch.dtype, device: str) -> dict
     weight, bias = torch.randn(d, 4, device=device), torch.randn(d, device=device)
     state = torch.randn(1, 3, d, device=device, dtype=dtype)
     return {"x": x, "weight": weight, "bias": bias, "initial_state": state}
+
+
+def ssd_inputs(b: int, l: int, d: int, n: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Heads of 64 channels, one group, as the layer gives them: x, B and C are slices of the convolution's output."""
+    h = d // 64
+    x, B, C = torch.randn(b, l, d + 2 * n, device=device, dtype=dtype).split([d, n, n], -1)
+    named = {"x": x.unflatten(-1, (h, 64)), "dt": torch.randn(b, l, h, device=device, dtype=dtype)}
+    named |= {"A": -1 - 15 * torch.rand(h, device=device), "B": B[:, :, None], "C": C[:, :, None]}
+    named |= {"D": torch.ones(h, device=device), "dt_bias": torch.randn(h, device=device) - 3}
+    return named | {"initial_state": torch.randn(1, h, 64, n, device=device)}
 
 
 def gradients(op: Callable[..., Any], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -158,6 +169,36 @@ def mamba_ssm_scan() -> Callable[..., tuple[Tensor, None]] | None:
     return lambda **inputs: (Scan.apply(*(inputs[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias"))), None)
 
 
+def mamba_ssm_ssd() -> Callable[..., tuple[Tensor, None]] | None:
+    """mamba-ssm's Triton scan of Mamba-2 on our inputs, all rows from the same initial state."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+
+    def run(*, x, dt, A, B, C, D, dt_bias, initial_state, chunk_size=256):  # type: ignore[no-untyped-def]
+        start = initial_state.expand(x.shape[0], -1, -1, -1).contiguous()
+        options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "initial_states": start}
+        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **options), None
+
+    return run
+
+
+def ssd_peer_error(peer: Callable[..., tuple[Tensor, None]], inputs: dict[str, Tensor]) -> float:
+    """Largest relative error of y and its gradients against the reference in float64."""
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    got, _ = peer(**leaves)
+    want, _ = ssd_scan(**exact, backend="reference")
+    dy = torch.randn_like(want)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, list(leaves.values()), dy.to(got))),
+        (want, *torch.autograd.grad(want, list(exact.values()), dy)),
+        strict=True,
+    )
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
 def channels_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs as mamba-ssm takes them; it takes no initial state."""
     kept = {k: v for k, v in inputs.items() if k != "initial_state"}
@@ -183,13 +224,15 @@ def peer_error(peer: Callable[..., tuple[Tensor, None]], inputs: dict[str, Tenso
 @contextmanager
 def tiles(**values: Any) -> Iterator[None]:
     """Other tile sizes and register limits for the kernels: module constants by name, as scan__BD_FWD=64."""
-    from hymba.ops.triton import conv, scan, scan_backward
+    from hymba.ops.triton import conv, scan, scan_backward, ssd, ssd_backward
 
-    modules = {"scan": scan, "scan_backward": scan_backward, "conv": conv}
+    modules = {"scan": scan, "scan_backward": scan_backward, "conv": conv, "ssd": ssd, "ssd_backward": ssd_backward}
     before = {}
     for key, value in values.items():
         module, name = key.split("__")
         before[key] = getattr(modules[module], name)
+        if isinstance(value, dict):  # tiles by operand size: those not named stay
+            value = before[key] | {size: ssd.Tile(*tile) for size, tile in value.items()}
         setattr(modules[module], name, value)
     try:
         yield
@@ -214,14 +257,19 @@ SWEEP: list[dict[str, Any]] = [
     {"conv__STEPS": 64},
     {"conv__STEPS": 256},
     {"conv__MAX_REGISTERS": 128},
+    *({"ssd__FORWARD": {2: tile}} for tile in ((64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2, 168), (128, 64, 8, 2))),
+    *({"ssd_backward__GRADIENT": {2: tile}} for tile in ((64, 64, 4, 1), (64, 64, 8, 2), (64, 64, 8, 1))),
+    *({"ssd_backward__GROUPS": {2: tile}} for tile in ((64, 64, 4, 3), (64, 64, 8, 3))),
 ]
+SWEPT = {"conv": "causal_conv1d", "ssd": "ssd_scan", "ssd_backward": "ssd_scan"}
+"""The op that a module's constants belong to, if not the selective scan."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    for name, value in (("batch", 8), ("length", 8192), ("channels", 3200), ("states", 16)):
+    for name, value in (("batch", 8), ("length", 8192), ("channels", 3200), ("states", 16), ("head-states", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument(
         "--backends", nargs="*", help="default: every usable one but the reference and, on a GPU, torch"
@@ -242,13 +290,24 @@ def main(arguments: list[str] | None = None) -> int:
     def conv_case(rows: int, steps: int) -> dict[str, Tensor]:
         return conv_inputs(rows, steps, d, dtype, device)
 
-    cases = {"selective_scan": (selective_scan, scan_case), "causal_conv1d": (causal_conv1d, conv_case)}
+    def ssd_case(rows: int, steps: int) -> dict[str, Tensor]:
+        return ssd_inputs(rows, steps, d, args.head_states, dtype, device)
+
+    cases = {
+        "selective_scan": (selective_scan, scan_case),
+        "ssd_scan": (ssd_scan, ssd_case),
+        "causal_conv1d": (causal_conv1d, conv_case),
+    }
     plane = b * l * d * dtype.itemsize
+    shared = 2 * b * l * args.head_states * dtype.itemsize
     moved = {  # planes of (b, l, d): read x dt z, write y; read x dt z dy, write dx ddt dz; the conv has no dt and z
         "selective_scan": {"forward": 4 * plane, "backward": 7 * plane},
+        # x y, B C; x dy dx, B C dB dC.
+        "ssd_scan": {"forward": 2 * plane + shared, "backward": 3 * plane + 2 * shared},
         "causal_conv1d": {"forward": 2 * plane, "backward": 3 * plane},
     }
     facts: dict[str, Any] = {"batch": b, "length": l, "channels": d, "states": n, "dtype": args.dtype}
+    facts["head_states"] = args.head_states
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         clock = getattr(properties, "clock_rate", 1_980_000) * 1e3
@@ -297,10 +356,15 @@ def main(arguments: list[str] | None = None) -> int:
         row |= time_op(peer, channels_first(scan_case(b, l)), device)
         print_row(row)
         rows.append(row)
+    if device == "cuda" and (peer := mamba_ssm_ssd()) is not None:
+        row = {"op": "ssd_scan", "backend": "mamba_ssm", "variant": {}}
+        row |= {"worst_error": ssd_peer_error(peer, ssd_case(2, 300))} | time_op(peer, ssd_case(b, l), device)
+        print_row(row)
+        rows.append(row)
     if args.sweep and device == "cuda":
         for variant in SWEEP:
             with tiles(**variant):
-                add("causal_conv1d" if "conv__" in str(variant) else "selective_scan", "triton", variant)
+                add(SWEPT.get(next(iter(variant)).split("__")[0], "selective_scan"), "triton", variant)
     if device == "cuda":
         facts["peak_bytes"] = torch.cuda.max_memory_allocated()
     report("ops", rows, **facts)

@@ -152,8 +152,8 @@ _FLASH_4 = _Backend(flash_attention.probe_4, flash_attention.serves_4, _many_on_
 _TABLE: dict[str, dict[str, _Backend]] = {
     "selective_scan": {"triton": _TRITON, "mamba_ssm": _MAMBA_SCAN, "torch": _TORCH, "reference": _REFERENCE},
     "selective_state_update": {"triton": _TRITON, "mamba_ssm": _MAMBA_STEP, "torch": _TORCH},
-    "ssd_scan": {"torch": _TORCH, "reference": _REFERENCE},
-    "ssd_state_update": {"torch": _TORCH},
+    "ssd_scan": {"triton": _TRITON, "torch": _TORCH, "reference": _REFERENCE},
+    "ssd_state_update": {"triton": _TRITON, "torch": _TORCH},
     "causal_conv1d": {"triton": _TRITON_CONV, "causal_conv1d": _CONV, "torch": _TORCH, "reference": _REFERENCE},
     "causal_conv1d_update": {"triton": _TRITON, "causal_conv1d": _CONV_STEP, "torch": _TORCH},
     "attention": {

@@ -168,7 +168,15 @@ def ssd_state_update(
         ("C", C, (b, g, n)),
     ):
         check_shape(name, value, shape)
-    _backend.resolve(UPDATE, backend, _backend.Call(x, A))
+    choice = _backend.resolve(UPDATE, backend, _backend.Call(x, A))
+    if _backend.wants_kernel(UPDATE, choice.name, choice.forced):
+        try:
+            from .triton import decode
+
+            if choice.forced or decode.takes_state(state):
+                return decode.head_state_update(state, x, dt, A, B, C, D, dt_bias, valid)
+        except Exception as error:
+            _backend.kernel_failed(UPDATE, choice.name, error, was_forced=choice.forced)
     return state_update_torch(state, x, dt, A, B, C, D, dt_bias, valid)
 
 

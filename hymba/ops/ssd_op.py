@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ssd_chunked
+from . import backend, ssd_chunked
 from ._checks import compute_dtype
 from ._register import differentiable, opaque
 from .ssd_inputs import SsdInputs
 
 OP = "ssd_scan"
+TRITON_STRIDE = 1024
+"""Steps between the states that the kernels keep, a multiple of their chunks: a quarter of x's bytes, 128 states."""
 
 
 def run_scan(inputs: SsdInputs, kernel: str, forced: bool) -> tuple[Tensor, Tensor]:
-    """y and the final state by implementation ``kernel``: so far "torch" alone."""
-    stride = ssd_chunked.stride(inputs.x.shape[0] * inputs.x.shape[2])
+    """y and the final state by implementation ``kernel``, "torch" or "triton"."""
+    stride = TRITON_STRIDE if kernel == "triton" else ssd_chunked.stride(inputs.x.shape[0] * inputs.x.shape[2])
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:8])
     y, final, _ = _scan(*inputs, stride, save, kernel, forced)
     return y, final
@@ -56,6 +58,13 @@ def _scan_backward(
 ) -> list[Tensor]:
     """Gradients of the eight floating inputs in order; empty where the input is None."""
     inputs = SsdInputs(x, dt, A, B, C, D, dt_bias, initial_state, lengths, seq_idx)
+    if backend.wants_kernel(OP, kernel, forced):
+        try:
+            from .triton import ssd_backward
+
+            return ssd_backward.backward(dy, dfinal, inputs, states, stride)
+        except Exception as error:
+            backend.kernel_failed(OP, kernel, error, was_forced=forced)
     return ssd_chunked.backward(dy, dfinal, inputs, states, stride)
 
 
@@ -98,4 +107,11 @@ def _scan(
     forced: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = SsdInputs(x, dt, A, B, C, D, dt_bias, initial_state, lengths, seq_idx)
+    if backend.wants_kernel(OP, kernel, forced):
+        try:
+            from .triton import ssd
+
+            return ssd.forward(inputs, stride, save)
+        except Exception as error:
+            backend.kernel_failed(OP, kernel, error, was_forced=forced)
     return ssd_chunked.forward(inputs, stride, save)

@@ -12,8 +12,17 @@ import torch
 from gpu.on_gpu import needs_gpu
 from helpers import relative
 from ops.op_cases import conv_case, row_options, scan_case, with_gradients, worst
+from ops.ssd_cases import BY_STEP, ssd_case
 
-from hymba.ops import available, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from hymba.ops import (
+    available,
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_state_update,
+    ssd_scan,
+    ssd_state_update,
+)
 from hymba.ops.attention import attention, attention_ref
 from hymba.ops.masks import Visibility
 
@@ -45,6 +54,44 @@ def test_selective_scan(dtype, tolerance, options):
     want = with_gradients(selective_scan, _exact(case), backend="reference", **keywords)
     for backend in _usable("selective_scan"):
         assert worst(with_gradients(selective_scan, case, backend=backend, **keywords), want) < tolerance, backend
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("options", [0, 3], ids=["plain", "cut-and-packed"])
+@pytest.mark.parametrize(("groups", "states"), [(1, 128), (5, 16)])
+def test_ssd_scan(dtype, tolerance, options, groups, states):
+    """50 heads of 64 channels. The gradient of A is a sum over all steps in which terms cancel: it is held to what
+    rounding y, and with it the gradient that comes in, does to the float32 scan."""
+    length = 1200
+    case = _on_gpu(ssd_case(2, length, WIDTH // 64, 64, groups, states, dtype=dtype))
+    keywords = {k: v.to("cuda") for k, v in list(row_options(2, length))[options].items()}
+    want = with_gradients(ssd_scan, _exact(case), backend="reference", **keywords)
+    plain = with_gradients(ssd_scan, case, backend="torch", **keywords)
+    for backend in _usable("ssd_scan"):
+        got = with_gradients(ssd_scan, case, backend=backend, **keywords)
+        limit = max(tolerance, 3 * worst({"A": plain["A"]}, {"A": want["A"]}))
+        assert worst({"A": got.pop("A")}, {"A": want["A"]}) < limit, backend
+        assert worst(got, {k: v for k, v in want.items() if k != "A"}) < tolerance, backend
+
+
+def test_ssd_segments_side_by_side():
+    """One row of few heads fills the device only when its segments run next to each other."""
+    case = _on_gpu(ssd_case(1, 3000, 4, 64, 1, 128, dtype=torch.float32))
+    want = with_gradients(ssd_scan, _exact(case), backend="reference")
+    assert worst(with_gradients(ssd_scan, case, backend="triton"), want) < FLOAT32
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_ssd_single_steps(dtype, tolerance):
+    case = _on_gpu(ssd_case(3, 1, WIDTH // 64, 64, 2, 128, states=3, dtype=dtype))
+    steps = {k: v[:, 0] if k in BY_STEP else v for k, v in case.items() if k != "initial_state"}
+    valid = torch.tensor([True, False, True], device="cuda")
+    exact = case["initial_state"].double()
+    want = {"y": ssd_state_update(exact, **_exact(steps), valid=valid, backend="torch"), "state": exact}
+    for name in _usable("ssd_state_update"):
+        state = case["initial_state"].clone()
+        got = {"y": ssd_state_update(state, **steps, valid=valid, backend=name), "state": state}
+        assert worst(got, want) < tolerance, name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)

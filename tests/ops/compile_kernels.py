@@ -23,6 +23,7 @@ from triton.runtime import driver as drivers
 
 from hymba.ops.attention_op import Sources, padded_rows
 from hymba.ops.scan_inputs import ScanInputs
+from hymba.ops.ssd_inputs import SsdInputs
 from hymba.ops.triton import (
     attention,
     attention_backward,
@@ -39,6 +40,8 @@ from hymba.ops.triton import (
     scan,
     scan_backward,
     split_norm,
+    ssd,
+    ssd_backward,
 )
 
 
@@ -126,9 +129,28 @@ def main(capability: int, quick: bool) -> None:
         gate, bias = (z[:, 0], vector) if rich else (None, None)
         decode.state_update(state, x[:, 0], dt[:, 0], inputs.A, small[:, 0], small[:, 0], inputs.D, gate, bias, valid)
         fused(projected, x, dt, rich)
+        heads(dtype, rich, packed)
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         decode_step(dtype, capability >= 90)
         many_queries(dtype, quick)
+
+
+def heads(dtype: torch.dtype, rich: bool, packed: bool) -> None:
+    """The scan of Mamba-2 and its step: 50 heads of 64 channels, 128 states, as slices of one projection."""
+    b, l, h, p, g, n = 2, 128, 50, 64, 1, 128
+    projected = torch.zeros(b, l, h * p + 2 * g * n, dtype=dtype)
+    u, B, C = projected.split([h * p, g * n, g * n], dim=-1)
+    x, B, C = u.unflatten(-1, (h, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+    dt, vector, state = torch.zeros(b, l, h, dtype=dtype), torch.zeros(h), torch.zeros(b, h, p, n)
+    lengths = torch.full((b,), l) if rich else None
+    seq = torch.zeros(b, l, dtype=torch.int32) if packed else None
+    D, bias, initial = (vector, vector, state) if rich else (None,) * 3
+    inputs = SsdInputs(x, dt, vector, B, C, D, bias, initial, lengths, seq)
+    for parallel in (False, True):
+        ssd.forward(inputs, 64, True, parallel=parallel)
+    ssd_backward.backward(x, state, inputs, torch.zeros(2, b, g, n, h, p), 64)
+    valid = torch.ones(b, dtype=torch.bool) if rich else None
+    decode.head_state_update(state, x[:, 0], dt[:, 0], vector, B[:, 0], C[:, 0], D, bias, valid)
 
 
 def many_queries(dtype: torch.dtype, quick: bool) -> None:

@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from ops.op_cases import Case, row_options, with_gradients, worst
+from ops.op_cases import row_options, with_gradients, worst
+from ops.ssd_cases import BY_STEP, apply, chunked, reference, ssd_case, steps
 
 from hymba.ops import BackendError, selective_scan, ssd_scan, ssd_scan_ref, ssd_state_update, use_backend
 from hymba.ops.ssd_op import _scan
@@ -14,37 +15,6 @@ from hymba.ops.ssd_op import _scan
 FLOAT64 = 1e-11
 FLOAT32 = 2e-5
 BFLOAT16 = 1e-2
-BY_STEP = ("x", "dt", "B", "C")
-
-
-def ssd_case(b, l, h, p, g, n, *, states=1, dtype=torch.float64) -> Case:
-    """Activations in dtype; parameters and state float32, or float64 with it. Steps spread widely."""
-    full = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*shape):
-        return torch.randn(shape, dtype=full)
-
-    case = {"x": normal(b, l, h, p), "dt": 2 * normal(b, l, h) - 1, "A": -4 * torch.rand(h, dtype=full)}
-    case |= {"B": normal(b, l, g, n), "C": normal(b, l, g, n), "D": normal(h), "dt_bias": normal(h)}
-    case |= {"initial_state": normal(states, h, p, n) if states else None}
-    return {k: v.to(dtype) if k in BY_STEP else v for k, v in case.items()}
-
-
-def reference(*positional, **options):
-    return ssd_scan(*positional, backend="reference", **options)
-
-
-def chunked(*positional, **options):
-    return ssd_scan(*positional, backend="torch", **options)
-
-
-def apply(op, case, **options):
-    positional = [v for k, v in case.items() if k != "initial_state"]
-    return op(*positional, initial_state=case["initial_state"], **options)
-
-
-def steps(case, s, e):
-    return {k: v[:, s:e] if k in BY_STEP else v for k, v in case.items()}
 
 
 @pytest.fixture
@@ -342,6 +312,6 @@ def test_the_seam_forces_and_refuses():
     case = ssd_case(1, 5, 2, 3, 1, 2)
     with use_backend(ssd_scan="reference"):
         torch.testing.assert_close(apply(ssd_scan, case)[0], apply(ssd_scan_ref, case)[0], rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"backend='triton' for ssd_scan; allowed: 'auto', 'torch', 'reference'"):
-        ssd_scan(**case, backend="triton")
+    with pytest.raises(ValueError, match=r"backend='mamba_ssm' for ssd_scan; allowed: 'auto', 'triton', 'torch'"):
+        ssd_scan(**case, backend="mamba_ssm")
     assert issubclass(BackendError, RuntimeError)

@@ -36,6 +36,7 @@ REFERENCE: tuple[str, ...] = (
     "hymba.experiments",
     "hymba.analysis",
     "hymba.analysis.architecture",
+    "hymba.serving.app",
 )
 
 _MARK = re.compile(r'^(?P<fence> *(?:`{3,}|~{3,}) *[\w+-]*.*?) +no-run(?:="[^"]*")?', re.M)

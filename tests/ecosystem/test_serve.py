@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib
 import json
 import socket
 import threading
@@ -33,6 +34,7 @@ if not all(map(find_spec, command._NEEDED)):
 import openai
 import uvicorn
 
+ROOT = Path(__file__).parents[2]
 CONTEXT = 320
 NAME = "tiny"
 WEATHER = {
@@ -524,6 +526,26 @@ def test_command_refusals(served: Served, tmp_path: Path, monkeypatch: pytest.Mo
     assert "cannot be read" in refused("--chat-template", tmp_path / "none", "--port", 0)
     monkeypatch.setattr(command, "_NEEDED", ("uvicorn", "no_such_package"))
     assert refused() == "serve needs no_such_package: pip install 'hymba[serve]'"
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are in the repository only")
+def test_the_benchmark(
+    served: Served, say: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    benchmark = importlib.import_module("benchmarks.serve")
+    url = f"http://127.0.0.1:{served.port}/v1"
+    options = ["--url", url, "--clients", "1", "3", "--requests", "1", "--tokens", "6"]
+    assert benchmark.main(options) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["benchmark"] == "serve" and [row["clients"] for row in found["rows"]] == [1, 3]
+    assert [row["tokens"] for row in found["rows"]] == [6, 18]
+    assert all(row["tokens_per_s"] > 0 for row in found["rows"])
+    # Four answers alone and then the same questions at once: the last one differs.
+    say(*["Hello Hello"] * 6, "He He He He")
+    with pytest.raises(SystemExit, match="no number"):
+        benchmark.main([*options, "--tokens", "1"])
+    assert "tokens/s" not in capsys.readouterr().out
 
 
 def test_names() -> None:

@@ -377,6 +377,8 @@ def test_a_client_that_leaves_stops_its_answer(served: Served, steps: list[int],
         # This one waits its turn, and its client leaves as well.
         second.sendall(_body(stream=stream, **ban))
         time.sleep(0.05)
+        second.close()
+        time.sleep(0.05)
     after = served.chat()
     assert content(after) == expected
     # The answer that was stopped had a prefill and some tokens; the one that never began had none.

@@ -71,7 +71,11 @@ def nearest(name: str, known: Any) -> str:
 
 
 def check_attention_implementation(name: Any) -> None:
-    """Refuse implementations that this library does not have, by name."""
+    """Refuse implementations that this library does not have, by name.
+
+    Raises:
+        ConfigError: another name than those of `ATTENTION_IMPLEMENTATIONS` and `None`.
+    """
     if name is not None and name not in ATTENTION_IMPLEMENTATIONS:
         raise ConfigError(
             f"attn_implementation={name!r}: allowed: {', '.join(ATTENTION_IMPLEMENTATIONS)} (faster kernels are chosen "

@@ -267,6 +267,7 @@ def _qk_norm(config: HymbaConfig, spec: LayerSpec) -> int:
 
 
 def mlp_matrices(config: HymbaConfig) -> int:
+    """Matrices of an MLP: three with a gate projection, else two."""
     return 3 if config.mlp_hidden_act == "silu" else 2
 
 

@@ -72,7 +72,11 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype for a safetensors dtype of a model weight."""
+    """The torch dtype for a safetensors dtype of a model weight.
+
+    Raises:
+        CheckpointError: a dtype that weights have only where they are quantised.
+    """
     if name not in _DTYPES:
         raise CheckpointError(
             f"weights of dtype {name} need a quantization_config; allowed without: {', '.join(_DTYPES)}"
@@ -229,7 +233,7 @@ def expected_tensors(model: nn.Module, *, prefix: str = "") -> dict[str, torch.S
 
 
 def holds_nan(tensor: torch.Tensor) -> bool:
-    """Whether a floating-point tensor holds a NaN."""
+    """Whether a floating-point tensor, of any shape, holds a NaN."""
     # A sum with a NaN in it is NaN. It is one pass at memory speed without a temporary; `amax` takes three times as
     # long in bfloat16. Infinities of both signs have a NaN sum as well, so a suspicion is looked at again.
     return bool(tensor.sum().isnan()) and bool(tensor.isnan().any())

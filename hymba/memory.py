@@ -106,6 +106,9 @@ def training_bytes(
         optimizer: two moments for every parameter, as AdamW keeps them.
         checkpointing: one of `POLICIES`.
         fused_loss: the loss without the logits of all tokens.
+
+    Raises:
+        ValueError: a policy or dtype that there is not.
     """
     if checkpointing not in POLICIES:
         raise ValueError(f"checkpointing={checkpointing!r}: allowed: {', '.join(map(repr, POLICIES))}")

@@ -77,6 +77,9 @@ def copying(samples: Sequence[Sample], *, length: int = 64) -> Task:
 
     Args:
         samples: texts to take pieces of. length: tokens of a piece.
+
+    Raises:
+        AnalysisError: from the task, when every sample is too short to have a piece.
     """
 
     @torch.no_grad()

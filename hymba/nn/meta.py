@@ -88,6 +88,14 @@ class PrefixRun:
 def run_prefix(
     layers: Iterable[nn.Module], tokens: Tensor, *, lenders: Sequence[int | None]
 ) -> tuple[list[LayerState], list[Tensor]]:
-    """A `PrefixRun` to its end: the states of all layers, and the hidden states before the first and after each."""
+    """A `PrefixRun` to its end.
+
+    Args:
+        layers: blocks in order. tokens: (m, hidden_size) meta tokens.
+        lenders: for each layer the one whose keys and values it borrows, or `None`.
+
+    Returns:
+        the states of all layers, batch 1, and the hidden states (1, m, hidden_size) before the first and after each.
+    """
     run = PrefixRun(layers, tokens, lenders=lenders)
     return run.finish(), run.hidden

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""The feed-forward half of a block (section 2.2 of the specification)."""
 
 from __future__ import annotations
 

@@ -218,6 +218,9 @@ def kernel_failed(op: str, name: str, error: Exception, *, was_forced: bool) -> 
     """A kernel did not build or launch: raise when it was forced, else warn once and leave it out from now on.
 
     Running out of memory and errors of the device itself are not the kernel's and go up as they are.
+
+    Raises:
+        BackendError: the kernel was forced.
     """
     device_errors = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
     if isinstance(error, device_errors):

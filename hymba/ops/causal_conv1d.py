@@ -114,7 +114,10 @@ def causal_conv1d_ref(
     seq_idx: Tensor | None = None,
     activation: str | None = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """Tap by tap through a gather, differentiated by autograd: the oracle for every other version. Same contract."""
+    """Tap by tap through a gather, differentiated by autograd: the oracle for every other version.
+
+    Arguments and results are those of `causal_conv1d`.
+    """
     b, l, d = x.shape
     k = weight.shape[1]
     ct = compute_dtype(x)

@@ -117,7 +117,10 @@ def selective_scan_ref(
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain time loop, differentiated by autograd: the oracle for every other version. Same contract."""
+    """The plain time loop, differentiated by autograd: the oracle for every other version.
+
+    Arguments and results are those of `selective_scan`.
+    """
     b, l, d = x.shape
     ct = compute_dtype(x)
     with no_autocast(x):

@@ -98,7 +98,10 @@ def ssd_scan_ref(
     lengths: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain time loop, differentiated by autograd: the oracle for every other version. Same contract."""
+    """The plain time loop, differentiated by autograd: the oracle for every other version.
+
+    Arguments and results are those of `ssd_scan`.
+    """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     ct = compute_dtype(x)
@@ -155,6 +158,9 @@ def ssd_state_update(
 
     Returns:
         y (b, h, p) in x.dtype.
+
+    Raises:
+        ValueError: a tensor whose shape does not fit the state's.
     """
     b, h, p, n = state.shape
     if B.dim() != 3 or B.shape[1] == 0 or h % B.shape[1]:

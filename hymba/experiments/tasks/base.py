@@ -183,7 +183,11 @@ def side_of(ids: Ids) -> Side:
 def measure(
     task: Task, model: Callable[..., Any], of: Mapping[str, Any], *, seed: int, rows: int, batch_size: int
 ) -> Cell:
-    """Run ``model`` on ``rows`` held-out rows of the difficulty ``of``; a target is right when its logit is largest."""
+    """Run ``model`` on ``rows`` held-out rows of the difficulty ``of``; a target is right when its logit is largest.
+
+    Raises:
+        ValueError: no rows.
+    """
     if rows < 1 or batch_size < 1:
         raise ValueError(f"rows = {rows}, batch_size = {batch_size}: expected at least 1")
     module = model if isinstance(model, torch.nn.Module) else None

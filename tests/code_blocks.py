@@ -29,8 +29,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120
-"""After which a block counts as hanging: many times what one may take on an idle machine."""
+CPU_SECONDS, SECONDS = 90, 900
+"""After which a block counts as hanging: of work, and of time, in which it may have waited for a busy machine."""
 
 # Extra arguments that make a command small: what is tested is that it runs as it is written. The last value of a
 # setting or option that stands twice counts.
@@ -139,7 +139,7 @@ class Page:
 
     def _run(self, block: Block, patch: pytest.MonkeyPatch) -> None:
         try:
-            with time_limit(SECONDS):
+            with time_limit():
                 RUNNERS[block.language](self, block, patch)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{block.place} ({block.language}):\n{block.code}") from error
@@ -302,24 +302,34 @@ def bash(code: str, folder: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
 
 
 @contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Interrupt what takes longer, where the platform has alarms."""
+def time_limit() -> Iterator[None]:
+    """Interrupt what hangs, where the platform has alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    late = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done in {seconds} s: make it smaller, or mark it no-run with the reason")
+        late.append(number)
+        raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = [(signal.ITIMER_PROF, signal.SIGPROF, CPU_SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, SECONDS)]
+    before = [signal.signal(number, stop) for _, number, _ in timers]
+    for timer, _, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
+        if late:
+            # A command has turned it into an exit status.
+            limits = f"{CPU_SECONDS} s of work or {SECONDS} s"
+            raise TimeoutError(f"not done in {limits}: make it smaller, or mark it no-run with the reason")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import code_blocks
 import pytest
 from code_blocks import COMMANDS, ROOT, Block, Page, blocks, commands, config_kind, shortened
 from tiny_checkpoint import llama_tokenizer, tiny_checkpoint
@@ -146,6 +147,14 @@ test $(wc -l <words.txt) = 2 && python -c "import code_blocks" && command -v hym
 def test_a_wrong_block_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         page(tmp_path, block).run(monkeypatch)
+
+
+def test_a_block_that_hangs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_blocks, "CPU_SECONDS", 0.1)
+    text = "```python\ntry:\n    while True: pass\nexcept TimeoutError:\n    raise SystemExit(1)\n```"
+    with pytest.raises(AssertionError) as caught:
+        page(tmp_path, text).run(monkeypatch)
+    assert "not done in 0.1 s of work" in str(caught.value.__cause__)
 
 
 def test_lines_and_their_words() -> None:

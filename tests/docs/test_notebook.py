@@ -30,7 +30,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     text = "".join(map(printed, notebook.cells))
-    for name in ("attention", "Mamba", "hybrid"):
+    for name in ("usual ViT", "attention", "Mamba", "hybrid"):
         assert re.search(rf"^{name} +held-out accuracy \d+\.\d%", text, re.M)
 
 
@@ -47,4 +47,4 @@ def test_a_notebook_shows_a_whole_run(path: Path) -> None:
 def test_the_models_of_the_notebook_are_of_one_size() -> None:
     shown = "".join(printed(cell) for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells)
     sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", shown)]
-    assert len(sizes) == 3 and max(sizes) / min(sizes) < 1.02
+    assert len(sizes) == 4 and max(sizes) / min(sizes) < 1.02

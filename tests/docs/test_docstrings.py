@@ -89,7 +89,7 @@ def test_documented_parameters_exist() -> None:
         except ValueError:
             continue
         known = set(known) | set(getattr(value, "__annotations__", {}))
-        wrong += [f"{name}: {key}" for key in documented(inspect.getdoc(value) or "") if key not in known]
+        wrong += [f"{name}: {key}" for key in documented(inspect.cleandoc(value.__doc__ or "")) if key not in known]
     assert not wrong
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from hymba.cost import cache_bytes, flops_of_text, flops_per_token, parameters
+from hymba.ops import ssd_state_update
 
 RELEASE = HymbaConfig(
     global_attn_idx=[0, 15, 31],
@@ -139,3 +143,47 @@ def test_a_length_batch_or_dtype_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message.replace("[", r"\[")):
             call()
+
+
+class _Counted(TorchDispatchMode):
+    """Adds up the operations of a step's elementwise ops and products."""
+
+    each = {"mul": 1, "mul_": 1, "add": 1, "exp": 1, "addcmul_": 2}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name == "bmm":
+            self.total += 2 * out.numel() * args[0].shape[-1]
+        self.total += self.each.get(name, 0) * (out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+def test_the_scan_of_mamba_2_costs_what_its_step_does() -> None:
+    width, states, groups = 4, 8, 2
+    fields = SMALL | {"mamba_d_state": states, "global_attn_idx": None, "layer_pattern": [
+        {"mixer": "mamba", "ssm": "mamba2", "ssm_head_dim": width, "ssm_groups": groups, "ffn": False}
+    ]}  # fmt: skip
+    config = HymbaConfig(**fields | {"num_hidden_layers": 1, "kv_reuse_group": None})
+    inner = config.d_inner
+    heads = inner // width
+    vector, B = torch.rand(heads), torch.rand(1, groups, states)
+    with _Counted() as counted:
+        state, x = torch.rand(1, heads, width, states), torch.rand(1, heads, width)
+        ssd_state_update(state, x, torch.rand(1, heads), -vector, B, B, vector, backend="torch")
+    convolved = inner + 2 * groups * states
+    # The step, the gate, and the convolution.
+    assert flops_per_token(config, 5).mamba == counted.total + inner + 2 * config.mamba_d_conv * convolved
+
+    model, cache = HymbaForCausalLM(config).eval(), HymbaCache(config)
+    with torch.no_grad():
+        model(torch.randint(0, config.vocab_size, (1, 20)), past_key_values=cache)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.tensor([[1]]), past_key_values=cache)
+    counts = counter.get_flop_counts()["Global"]
+    flops = flops_per_token(config, 20)
+    linear = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert linear == flops.projections + flops.mlp + flops.head

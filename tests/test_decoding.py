@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import build
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessorList,
@@ -49,6 +50,48 @@ def test_steps_give_the_forward_pass(rows: slice) -> None:
         step.run()
         assert torch.allclose(step.logits.double(), whole[:, 9 + t].double(), atol=1e-5)
     assert addresses == [t.data_ptr() for s in cache.layers for t in (s.conv, s.ssm)]
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails where a value goes to the host, which a capture does not allow."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_steps_of_mamba_2_heads_can_be_captured() -> None:
+    """Alone and beside attention: the forward pass's logits, state where it was, nothing read back."""
+    pattern = [
+        {"mixer": "hybrid", "window": 4, "ssm": "mamba2", "ssm_head_dim": 4, "ssm_groups": 2},
+        {"mixer": "mamba", "ssm": "mamba2", "ssm_head_dim": 8},
+    ]
+    model = build(layer_pattern=pattern, num_hidden_layers=2, global_attn_idx=None, kv_reuse_group=None)
+    assert why_not_fused(model) is not None
+    ids, mask = left_padded()
+    more = torch.randint(1, 41, (3, 8))
+    whole = model(torch.cat([ids, more], 1), attention_mask=torch.cat([mask, torch.ones_like(more)], 1)).logits
+    cache = HymbaCache(model.config, max_length=17)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    step = DecodeStep(model, cache, fused=False)
+
+    def held() -> list[int]:
+        states = [t for s in cache.layers for t in (s.conv, s.ssm, *(() if s.kv is None else (s.kv.keys, s.kv.values)))]
+        return [t.data_ptr() for t in (*states, cache.seen, step.tokens, step.logits) if t is not None]
+
+    before = held()
+    for t in range(8):
+        step.tokens.copy_(more[:, t])
+        with NothingReadBack():
+            step.run()
+        assert torch.allclose(step.logits.double(), whole[:, 9 + t].double(), atol=1e-5)
+        assert held() == before
+    # A row at rest keeps its state.
+    step.active[1] = False
+    kept = [s.ssm[1].clone() for s in cache.layers if s.ssm is not None]
+    step.run()
+    assert all(torch.equal(s.ssm[1], k) for s, k in zip(cache.layers, kept) if s.ssm is not None)
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hymba.analysis.operator import ScanOperator
+from hymba.analysis.operator import HeadScanOperator, Operator, ScanOperator
 from hymba.config import HymbaConfig
 from hymba.model import HymbaForCausalLM
-from hymba.nn import AttentionHeads, Collected, MambaHeads, SharedKV
+from hymba.nn import AttentionHeads, Collected, Mamba2Heads, MambaHeads, SharedKV
 
 
 class AnalysisError(ValueError):
@@ -31,8 +31,8 @@ class Reading:
     """What was read of one layer.
 
     Attributes:
-        layer: its index. heads: attention heads. slices: of the SSM's channels, that count as its heads. window: of its
-            attention.
+        layer: its index. heads: attention heads. slices: of the SSM's channels, that count as its heads; in Mamba-2 its
+            own heads. window: of its attention.
         attention: (heads, l, m + tokens so far) weights of the last call, float32; `None` if not wanted or there.
         outputs: (l, d_inner) of the last call by name: "attention" and "ssm" as the branches put them out, with
             " normed" behind their norms, and "gate", the SSM's gate.
@@ -46,17 +46,19 @@ class Reading:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     # Of the calls so far, meta tokens first: (1, tokens, width) each.
     parts: dict[str, list[Tensor]] = field(default_factory=lambda: {"dt": [], "B": [], "C": [], "x": []})
-    mamba: MambaHeads | None = None
+    mamba: MambaHeads | Mamba2Heads | None = None
     on_text: bool = False
 
-    def operator(self) -> ScanOperator | None:
+    def operator(self) -> Operator | None:
         """The scan over all tokens so far; `None` for a layer without one."""
         if self.mamba is None or not self.parts["dt"]:
             return None
         dt, B, C = (torch.cat(self.parts[name], dim=1)[0] for name in ("dt", "B", "C"))
         compute = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(compute) + self.mamba.dt_bias.detach().to(compute))
-        return ScanOperator(dt, -torch.exp(self.mamba.A_log.detach().to(compute)), B.to(compute), C.to(compute))
+        A = -torch.exp(self.mamba.A_log.detach().to(compute))
+        kind = HeadScanOperator if isinstance(self.mamba, Mamba2Heads) else ScanOperator
+        return kind(dt, A, B.to(compute), C.to(compute))
 
     def scan_input(self) -> Tensor:
         """(tokens so far, d_inner) what the scan mixes: the convolution's output."""
@@ -113,11 +115,16 @@ def reading(
                         hook(module.register_forward_hook(_take_weights(one), with_kwargs=True))
                     if outputs:
                         hook(module.register_forward_hook(_take_output(one, "attention")))
-                elif isinstance(module, MambaHeads):
+                elif isinstance(module, MambaHeads | Mamba2Heads):
                     one.mamba = module
-                    if scan_input:
+                    if isinstance(module, Mamba2Heads):
+                        if scan:
+                            hook(module.register_forward_pre_hook(_take_steps(one, module)))
+                        if scan or scan_input:
+                            hook(module.conv1d.register_forward_hook(_take_convolved(one, module, scan, scan_input)))
+                    elif scan_input:
                         hook(module.conv1d.register_forward_hook(_take_part(one, "x", first=True)))
-                    if scan:
+                    if scan and isinstance(module, MambaHeads):
                         hook(module.dt_proj.register_forward_hook(_take_part(one, "dt")))
                         hook(module.B_norm.register_forward_hook(_take_part(one, "B")))
                         hook(module.C_norm.register_forward_hook(_take_part(one, "C")))
@@ -139,12 +146,15 @@ BRANCH_NORMS = {"attention": "attention_norm", "ssm": "mamba_norm"}
 def heads_of(layer: nn.Module, branch: str, config: HymbaConfig) -> int:
     """Heads of a layer's branch; 0 where it lacks the branch.
 
-    The SSM has as many as the layer has attention heads, or as the configuration names, where its channels can be cut
-    into so many equal slices; otherwise one.
+    Mamba-2 has heads of its own. Mamba-1 has as many as the layer has attention heads, or as the configuration names,
+    where its channels can be cut into so many equal slices; otherwise one.
     """
     attention = next((m.num_heads for m in layer.modules() if isinstance(m, AttentionHeads)), 0)
     if branch == "attention":
         return attention
+    own = next((m.num_heads for m in layer.modules() if isinstance(m, Mamba2Heads)), 0)
+    if own:
+        return own
     width = next((m.d_inner for m in layer.modules() if isinstance(m, MambaHeads)), 0)
     wanted = (attention, config.num_attention_heads, 1)
     return next(heads for heads in wanted if heads and width % heads == 0) if width else 0
@@ -204,6 +214,27 @@ def _take_weights(one: Reading) -> Callable[..., None]:
 def _take_part(one: Reading, name: str, *, first: bool = False) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
         one.parts[name].append((out[0] if first else out).detach())
+
+    return hook
+
+
+def _take_steps(one: Reading, module: Mamba2Heads) -> Callable[..., None]:
+    """The step sizes are the last columns of what the layer's projection gives the branch."""
+
+    def hook(_: nn.Module, args: Any) -> None:
+        one.parts["dt"].append(args[0][..., -module.num_heads :].detach())
+
+    return hook
+
+
+def _take_convolved(one: Reading, module: Mamba2Heads, scan: bool, scan_input: bool) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, out: Any) -> None:
+        x, B, C = out[0].detach().split(module.splits[:3], dim=-1)
+        if scan:
+            for name, part in (("B", B), ("C", C)):
+                one.parts[name].append(part.unflatten(-1, (module.n_groups, module.d_state)))
+        if scan_input:
+            one.parts["x"].append(x)
 
     return hook
 

@@ -1,8 +1,8 @@
 """The paper's analyses of attention and SSM heads: entropy, split, receptive field, meta tokens, magnitudes.
 
-Each runs a model on samples one at a time and gives a `Result`. Heads of the SSM are slices of its channels, as many
+Each runs a model on samples one at a time and gives a `Result`. Heads of Mamba-1 are slices of its channels, as many
 and in the same place as attention heads; what is said of one is the mean over its channels, each of which has a map
-of its own.
+of its own. A head of Mamba-2 has one map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from hymba.analysis import measures
 from hymba.analysis.capture import AnalysisError, Reading, branch_norm, reading, without_meta_tokens
 from hymba.analysis.memory import check_maps_fit
-from hymba.analysis.operator import ScanOperator
+from hymba.analysis.operator import Operator
 from hymba.analysis.report import Result, Table, mean
 from hymba.analysis.texts import Sample
 from hymba.model import HymbaForCausalLM
@@ -288,12 +288,12 @@ def _measure_maps(
             model(sample.ids.to(model.device), use_cache=False, logits_to_keep=1)
 
 
-def _measure_scan(operator: ScanOperator, meta: int, measure: Measure) -> Mapping[str, Tensor]:
+def _measure_scan(operator: Operator, meta: int, measure: Measure) -> Mapping[str, Tensor]:
     parts = [measure(operator.maps(meta, channels=part), None) for part in _blocks(operator, operator.steps - meta)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _blocks(operator: ScanOperator, rows: int) -> list[slice]:
+def _blocks(operator: Operator, rows: int) -> list[slice]:
     size = operator.channels_at_once(rows)
     return [slice(first, first + size) for first in range(0, operator.channels, size)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from hymba.analysis.measures import (
     shares,
     visible_entropy,
 )
-from hymba.analysis.operator import ScanOperator
+from hymba.analysis.operator import HeadScanOperator, ScanOperator
 from hymba.ops.selective_scan import selective_scan_ref
+from hymba.ops.ssd import ssd_scan_ref
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -98,6 +100,37 @@ def test_operator_entries_are_those_of_the_definition() -> None:
     assert torch.equal(op.rows(3, channels=slice(1, 2)), op.rows(3)[1:])
 
 
-def test_operator_of_a_long_fast_scan_stays_finite() -> None:
-    op = operator(300, scale=50.0)
-    assert bool(op.maps(0).isfinite().all())
+def heads_operator(steps: int, scale: float = 0.5) -> HeadScanOperator:
+    """Four heads in two groups, three states."""
+    A = -torch.logspace(-3, 1.5, 4)
+    return HeadScanOperator(torch.rand(steps, 4) * scale, A, torch.randn(steps, 2, 3), torch.randn(steps, 2, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 33])
+def test_operator_of_mamba_2_heads_times_inputs_is_the_scan(steps: int) -> None:
+    op, x = heads_operator(steps), torch.randn(steps, 4, 5)
+    dt = torch.log(torch.expm1(op.dt.double())).float()
+    y, _ = ssd_scan_ref(x[None], dt[None], op.A, op.B[None], op.C[None])
+    for first in {0, steps - 1}:
+        found = torch.einsum("hij,jhp->ihp", op.rows(first), x)
+        assert float((found - y[0, first:]).abs().max()) < OPERATOR * max(1.0, float(y.abs().max()))
+
+
+def test_operator_of_mamba_2_heads_by_definition_and_by_channels() -> None:
+    op = heads_operator(20)
+    found = op.rows(0)
+    for i, j in ((0, 0), (19, 0), (19, 19), (12, 5)):
+        for head in range(4):
+            decay = torch.exp(op.A[head] * op.dt[j + 1 : i + 1, head].sum())
+            expected = (op.C[i, head // 2] @ op.B[j, head // 2]) * decay * op.dt[j, head]
+            assert torch.allclose(found[head, i, j], expected, atol=1e-6)
+    assert bool(found.triu(1).eq(0).all())
+    assert torch.equal(op.rows(3, channels=slice(1, 3)), op.rows(3)[1:3])
+    # Mamba-1's, whose channels each have the head's decay for every state.
+    one = ScanOperator(op.dt[:, :1], op.A[:1, None].expand(1, 3), op.B[:, 0], op.C[:, 0])
+    assert torch.allclose(one.maps(0), op.maps(0, channels=slice(0, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("made", [operator, heads_operator])
+def test_operator_of_a_long_fast_scan_stays_finite(made: Callable[..., ScanOperator]) -> None:
+    assert bool(made(300, scale=50.0).maps(0).isfinite().all())

@@ -17,7 +17,7 @@ from hymba import analysis
 from hymba.analysis import AnalysisError, Reading, Sample, importance, memory
 from hymba.analysis.measures import effective_receptive_field, mean_distance, shares
 from hymba.memory import MemoryEstimateError
-from hymba.nn import MambaHeads
+from hymba.nn import Mamba2Heads, MambaHeads
 
 LENGTH, META, WINDOW = 23, 3, 5
 
@@ -83,6 +83,59 @@ def test_operator_over_meta_tokens_and_text_gives_the_scans_output(meta: int) ->
         expected = (mixed + mamba.D.detach() * x[meta:]) * one.outputs["gate"]
         scale = max(1.0, float(expected.abs().max()))
         assert largest(one.outputs["ssm"], expected) < OPERATOR * scale
+
+
+MAMBA_2: list[dict[str, Any]] = [
+    {"mixer": "hybrid", "window": None, "ssm": "mamba2", "ssm_head_dim": 4, "ssm_groups": 2},
+    {"mixer": "mamba", "ssm": "mamba2", "ssm_head_dim": 8},
+]
+
+
+def with_mamba_2(**fields: Any) -> Any:
+    return build(layer_pattern=MAMBA_2, num_hidden_layers=2, global_attn_idx=None, kv_reuse_group=None, **fields)
+
+
+def test_operator_of_mamba_2_heads_gives_the_scans_output() -> None:
+    model, ids = with_mamba_2(dtype=torch.float32), some_ids(1, 40)
+    with analysis.reading(model, attention=True, scan=True, scan_input=True, outputs=True) as readings:
+        model(ids, use_cache=False)
+    assert [one.attention is None for one in readings] == [False, True]
+    for one in readings:
+        operator, x, mamba = one.operator(), one.scan_input(), one.mamba
+        assert operator is not None and mamba is not None and operator.steps == META + 40
+        assert operator.channels == one.slices == mamba.num_heads
+        x = x.unflatten(-1, (mamba.num_heads, -1))
+        mixed = torch.einsum("hij,jhp->ihp", operator.rows(META), x) + mamba.D.detach()[:, None] * x[META:]
+        expected = mixed.flatten(1) * one.outputs["gate"]
+        if mamba.norm is not None:
+            expected = mamba.norm(expected).detach()
+        assert largest(one.outputs["ssm"], expected) < OPERATOR * max(1.0, float(expected.abs().max()))
+
+
+def test_studies_know_mamba_2_heads() -> None:
+    """Scans that forget at once: all of a map is the token itself, or BOS for the first one."""
+    model = with_mamba_2()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Mamba2Heads):
+                module.A_log.fill_(math.log(1e4))
+                module.dt_bias.fill_(2.0)
+    found = analysis.attention_split(model, texts(1))
+    scans = [row for row in found.rows if row["branch"] == "ssm"]
+    heads = [sum(row["layer"] == layer for row in scans) for layer in (0, 1)]
+    assert heads == [analysis.capture.heads_of(layer, "ssm", model.config) for layer in model.model.layers]
+    for row in scans:
+        assert (row["meta"], row["cross"]) == pytest.approx((0, 0), abs=1e-9)
+        assert (row["bos"], row["self"]) == pytest.approx((1 / LENGTH, 1 - 1 / LENGTH))
+    spread = analysis.attention_entropy(model, texts(1)).rows
+    assert all(row["entropy"] == pytest.approx(0, abs=1e-9) for row in spread if row["branch"] == "ssm")
+    # Removing a head takes its channels out of the fusion; a norm of Mamba-2 alone is no branch's weight.
+    with importance.removed(model, 0, "ssm", head=1):
+        weight = model.model.layers[0].mixer.mamba_norm.weight
+        assert weight[4:8].eq(0).all() and weight[:4].ne(0).all()
+    with pytest.raises(AnalysisError, match="does not fuse"), importance.removed(model, 1, "ssm"):
+        pass
+    assert {row["layer"] for row in analysis.output_magnitude(model, texts(1)).rows} <= {0, 1}
 
 
 def test_the_last_row_from_a_cache_is_that_of_the_whole_map() -> None:

@@ -233,10 +233,15 @@ class Gate:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        # FastAPI goes by the header; clients that send JSON without it mean JSON.
         task = asyncio.ensure_future(self.app(scope, replay, watched))
         leaving = asyncio.ensure_future(gone())
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # The server ends and has waited long enough for this answer; uvicorn logs a traceback of what is raised.
+            task.cancel()
+            leaving.cancel()
+            return
         if not task.done() and not answered:
             task.cancel()
         leaving.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import importlib
@@ -390,6 +391,38 @@ def test_a_client_that_leaves_in_its_request(served: Served) -> None:
     with socket.create_connection(("127.0.0.1", served.port)) as leaving:
         leaving.sendall(_body()[:-10])
     assert content(served.chat()) == alone(served, "Hello")
+
+
+def test_a_server_that_ends_cancels_what_it_does() -> None:
+    from hymba.serving.app import Gate
+
+    events: list[str] = []
+
+    async def endless(*_: Any) -> None:
+        try:
+            events.append("begun")
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+
+    async def receive() -> dict[str, Any]:
+        if "read" in events:
+            await asyncio.sleep(60)
+        events.append("read")
+        return {"type": "http.request", "body": b"{}"}
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        task = asyncio.ensure_future(Gate(endless, NAME)(scope, receive, None))
+        while "begun" not in events:
+            await asyncio.sleep(0)
+        task.cancel()
+        await task
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert events == ["read", "begun", "cancelled"]
 
 
 # Refusals.

@@ -12,6 +12,7 @@ from hymba.commands.chat import chat
 from hymba.commands.convert import convert
 from hymba.commands.env import env
 from hymba.commands.errors import DEBUG, Commands
+from hymba.commands.finetune import finetune, merge
 from hymba.commands.generate import generate
 from hymba.commands.inspect import inspect
 from hymba.commands.serve import serve
@@ -25,7 +26,7 @@ app = typer.Typer(
     # Paragraphs of the docstrings flow with the terminal's width.
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Hymba, the hybrid-head language model: generate, chat, serve, inspect, train, ablate, analyze.",
+    help="Hymba, the hybrid-head language model: generate, chat, serve, inspect, train, fine-tune, ablate, analyze.",
 )
 
 
@@ -47,7 +48,7 @@ def _options(
     """Options of the command itself; `Commands` takes `--debug` out before they are parsed."""
 
 
-for command in (generate, chat, serve, inspect, train, ablate, convert, env):
+for command in (generate, chat, serve, inspect, train, finetune, merge, ablate, convert, env):
     app.command()(command)
 app.add_typer(analyze, name="analyze")
 

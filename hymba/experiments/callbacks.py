@@ -15,7 +15,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-HELD_OUT = {"bits_per_byte": ("held-out bits/byte", ".4f"), "accuracy": ("held-out accuracy", ".4f")}
+HELD_OUT = {
+    "bits_per_byte": ("held-out bits/byte", ".4f"),
+    "accuracy": ("held-out accuracy", ".4f"),
+    "held_out_loss": ("held-out loss", ".4f"),
+    "preference_accuracy": ("held-out preferences", ".4f"),
+}
 """The figures that are measured on held-out data: how a progress line shows them."""
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -382,6 +382,19 @@ def _check_ranges(settings: TrainSettings) -> None:
         need(getattr(run, name) >= 1, f"run.{name}", getattr(run, name), "expected at least 1")
     for name in ("threads", "evaluate_every", "evaluate_bytes", "seed"):
         need(getattr(run, name) >= 0, f"run.{name}", getattr(run, name), "expected 0 or more")
+    check_optimisation(optimizer, schedule, need)
+    need(run.init_from is None or bool(run.init_from), "run.init_from", run.init_from, "name a folder, or null")
+    if data.task is not None:
+        # Tasks are made of settings, so an import at the top would go in a circle.
+        from hymba.experiments.tasks import make_task
+
+        make_task(**{"name": None, **data.task})
+
+
+def check_optimisation(
+    optimizer: OptimizerSettings, schedule: ScheduleSettings, need: Callable[[bool, str, Any, str], None]
+) -> None:
+    """Value limits of two sections; ``need`` raises with key, value and what is allowed unless its first is true."""
     for name in ("warmup", "decay", "floor"):
         value = getattr(schedule, name)
         need(0.0 <= value <= 1.0, f"schedule.{name}", value, "expected a fraction between 0 and 1")
@@ -407,12 +420,6 @@ def _check_ranges(settings: TrainSettings) -> None:
     need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "expected more than 0")
     for beta in optimizer.betas:
         need(0.0 <= beta < 1.0, "optimizer.betas", list(optimizer.betas), "expected 0 <= value < 1")
-    need(run.init_from is None or bool(run.init_from), "run.init_from", run.init_from, "name a folder, or null")
-    if data.task is not None:
-        # Tasks are made of settings, so an import at the top would go in a circle.
-        from hymba.experiments.tasks import make_task
-
-        make_task(**{"name": None, **data.task})
 
 
 def _plain(value: Any) -> Any:

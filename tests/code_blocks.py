@@ -39,6 +39,10 @@ SHORTER: dict[str, str] = {
         "run.steps=2 run.batch_size=2 run.evaluate_bytes=2000 data.source=files data.paths=[README.md] "
         "data.sequence_length=32 data.held_out=0 export.evaluate=false tokenizer.vocab_size=300 run.tensorboard=false"
     ),
+    "hymba finetune": (
+        "run.steps=1 run.batch_size=1 data.rows=60 evaluate.rows=1 evaluate.generate=1 evaluate.max_new_tokens=2 "
+        "run.tensorboard=false"
+    ),
     "hymba ablate": "--check",
     "hymba analyze": "--length 24 --samples 1",
     "hymba generate": "--max-new-tokens 4",
@@ -169,6 +173,7 @@ class Page:
         from hymba.experiments.ablation.plan import make_plan
         from hymba.experiments.ablation.settings import load_ablation
         from hymba.experiments.settings import load_settings
+        from hymba.finetuning.settings import load_settings as load_finetuning
 
         values = yaml.safe_load(block.code)
         kind = config_kind(values)
@@ -179,6 +184,8 @@ class Page:
             make_plan(load_ablation(target))
         elif kind == "train":
             load_settings(target)
+        elif kind == "finetune":
+            load_finetuning(target)
         elif kind == "model":
             HymbaConfig(**values)
 
@@ -196,11 +203,13 @@ RUNNERS: dict[str, Callable[[Page, Block, pytest.MonkeyPatch], None]] = {
 
 
 def config_kind(values: Any) -> str | None:
-    """Which of the project's files a YAML block is: `ablation`, `train`, `model`, or none of them."""
+    """Which of the project's files a YAML block is: `ablation`, `finetune`, `train`, `model`, or none of them."""
     if not isinstance(values, dict):
         return None
     if "variants" in values:
         return "ablation"
+    if {"method", "adapter"} & set(values):
+        return "finetune"
     if "model" in values and {"data", "run", "optimizer", "schedule"} & set(values):
         return "train"
     return "model" if "hidden_size" in values else None

@@ -181,5 +181,6 @@ def test_fences_of_other_lengths(tmp_path: Path) -> None:
 def test_kinds_of_yaml() -> None:
     assert config_kind({"base": {}, "variants": {}}) == "ablation"
     assert config_kind({"model": "m.yaml", "run": {}}) == "train"
+    assert config_kind({"method": {"name": "dpo"}, "model": {}, "run": {}}) == "finetune"
     assert config_kind({"hidden_size": 8}) == "model"
     assert config_kind({"model.sliding_window": 16}) is config_kind([1]) is None

@@ -60,3 +60,12 @@ def test_adapters_of_the_released_model(name: str) -> None:
     )
     share = (trained + magnitudes) / total
     assert share == pytest.approx({"roleplay-dora": 0.055, "lmflow-lora": 0.0036}[name], rel=0.01)
+
+
+@pytest.mark.slow
+def test_what_the_small_example_teaches(tmp_path: Path) -> None:
+    """As docs/finetuning.md says: instructions that were held out are answered exactly, where none was before."""
+    path = next(path for path in CONFIGS if path.stem == "tiny-sft")
+    result = main(path, [f"run.output={tmp_path}", "evaluate.generate=16", "run.threads=1"])
+    assert result.before["exact_answers"] == 0.0 and result.after["exact_answers"] >= 0.9
+    assert result.before["loss"] > 3 and result.after["loss"] < 0.1

@@ -143,7 +143,7 @@ def _run(settings: FinetuneSettings, output: Path, first: bool, say: Callable[..
     template, training = choose_templates(tokenizer, settings.data.chat_template)
     if examples.conversational or tokenizer.chat_template is not None:
         tokenizer.chat_template = template
-    check_length(settings, model)
+    check_precision(settings, model)
     asked = measure.questions(examples, tokenizer, count=settings.evaluate.generate)
     stop = StopOnSignal()
     trainer = build_trainer(settings, model, tokenizer, training, examples, output=output, callbacks=[Progress(), stop])
@@ -218,7 +218,7 @@ def load_start(settings: FinetuneSettings) -> tuple[HymbaForCausalLM, PreTrained
     return model, tokenizer
 
 
-def check_length(settings: FinetuneSettings, model: HymbaForCausalLM) -> None:
+def check_precision(settings: FinetuneSettings, model: HymbaForCausalLM) -> None:
     """Refuse bfloat16 on a GPU without it, before anything is written.
 
     Raises:
@@ -320,13 +320,16 @@ class Measurer:
 
     def followed(self) -> tuple[str, Callable[[], float]]:
         """Name and measurement of the figure that a run follows while it trains."""
-        model = self.trainer.model
-        if self.settings.method.name == "dpo":
-            return "preference_accuracy", lambda: float(
-                (lambda scores: (scores[:, 0] > scores[:, 1]).double().mean())(self._scores(model))
-            )
-        batch_size = self.settings.evaluate.batch_size
-        return "held_out_loss", lambda: measure.held_out_loss(model, self.rows, batch_size=batch_size)["loss"]
+        model, batch_size = self.trainer.model, self.settings.evaluate.batch_size
+
+        def loss() -> float:
+            return measure.held_out_loss(model, self.rows, batch_size=batch_size)["loss"]
+
+        def preferred() -> float:
+            scores = self._scores(model)
+            return float((scores[:, 0] > scores[:, 1]).double().mean())
+
+        return ("held_out_loss", loss) if self.settings.method.name == "sft" else ("preference_accuracy", preferred)
 
     def _scores(self, model: Any) -> torch.Tensor:
         return measure.preference_scores(

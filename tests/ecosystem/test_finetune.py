@@ -31,8 +31,8 @@ from hymba.finetuning.run import main
 METHODS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "sft-lora": (CONVERSATIONS, {"adapter": LORA}),
     "dpo-full": (PAIRS, {"method": {"name": "dpo"}, "run": {"gradient_accumulation": 2}}),
-    "sft-packed": (CONVERSATIONS, {"data": {"packing": "bfd"}}),
-    "dpo-dora": (PAIRS, {"method": {"name": "dpo"}, "adapter": DORA}),
+    "sft-packed": (CONVERSATIONS, {"data": {"packing": "bfd"}, "run": {"evaluate_every": 2, "tensorboard": True}}),
+    "dpo-dora": (PAIRS, {"method": {"name": "dpo"}, "adapter": DORA, "run": {"evaluate_every": 2}}),
 }
 
 
@@ -67,6 +67,12 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=some_ids(2, 9, vocab=200)).logits
+
+
+def followed(output: Path, name: str) -> list[int]:
+    """The steps at which a figure was measured during a run."""
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [entry["step"] for entry in entries if name in entry]
 
 
 def test_a_run_ends_with_adapter_and_merged_checkpoint(finished: Any, checkpoint: Path, tmp_path: Path) -> None:
@@ -115,6 +121,7 @@ def test_results_of_a_run(finished: Any, capsys: pytest.CaptureFixture[str]) -> 
 def test_every_weight_is_trained_without_an_adapter(finished: Any, checkpoint: Path) -> None:
     _, result = finished("sft-packed")
     assert result.adapter is None and not (result.output / "adapter").exists()
+    assert followed(result.output, "held_out_loss") == [2] and any((result.output / "tensorboard").iterdir())
     before, after = tensors(checkpoint), tensors(result.exported)
     assert before.keys() == after.keys()
     # Weight decay is off, so that what moved had a gradient; layer 2 borrows its keys.
@@ -127,6 +134,7 @@ def test_dpo_starts_from_its_reference(finished: Any, name: str) -> None:
     _, result = finished(name)
     assert losses(result.output)[0][1] == pytest.approx(math.log(2), abs=1e-5)
     assert result.before["reward_margin"] == 0.0 and result.after["reward_margin"] > 0
+    assert followed(result.output, "preference_accuracy") == ([2] if name == "dpo-dora" else [])
     assert result.after["reward_accuracy"] == 1.0 and "chosen_answers" in result.after
 
 

@@ -15,10 +15,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from hymba import HymbaForCausalLM
+from hymba.cli import app
 from hymba.config import ConfigError
 from hymba.experiments import train as train_module
+from hymba.experiments.ablation.lock import Locks
 from hymba.experiments.checkpoints import OutputError, complete_checkpoints
 from hymba.experiments.corpus import CorpusError
 from hymba.experiments.settings import SettingsError
@@ -374,3 +377,13 @@ def test_samples_and_log_truncation(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     truncate_log(path, None)
     assert path.read_text() == ""
+
+
+def test_a_second_run_in_the_folder_is_refused(config, tmp_path):
+    output = tmp_path / "run"
+    with Locks([tmp_path / "run.lock"]):
+        refused = CliRunner().invoke(app, ["train", str(config), f"run.output={output}"])
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert "at work on this run" in line and "wait for it or choose another run.output" in line
+    assert not output.exists()

@@ -12,6 +12,7 @@ from hymba.commands.chat import chat
 from hymba.commands.convert import convert
 from hymba.commands.env import env
 from hymba.commands.errors import DEBUG, Commands
+from hymba.commands.eval import evaluate
 from hymba.commands.finetune import finetune, merge
 from hymba.commands.generate import generate
 from hymba.commands.inspect import inspect
@@ -26,7 +27,7 @@ app = typer.Typer(
     # Paragraphs of the docstrings flow with the terminal's width.
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Hymba, the hybrid-head language model: generate, chat, serve, inspect, train, fine-tune, ablate, analyze.",
+    help="Hymba, the hybrid-head model: generate, chat, serve, inspect, train, fine-tune, ablate, eval, analyze.",
 )
 
 
@@ -50,6 +51,8 @@ def _options(
 
 for command in (generate, chat, serve, inspect, train, finetune, merge, ablate, convert, env):
     app.command()(command)
+# Options as the harness writes them (--num_fewshot) and as the other commands do.
+app.command("eval", context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)
 app.add_typer(analyze, name="analyze")
 
 if __name__ == "__main__":

@@ -411,6 +411,9 @@ class HymbaConfig(PreTrainedConfig):
             known[key] = kwargs.pop(key)
         for key in ("_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(key, None)
+        if kwargs.get("gguf_file", "") is None:
+            # lm-evaluation-harness says so to every Auto class.
+            del kwargs["gguf_file"]
         if not return_unused:
             unknown = [k for k in kwargs if k not in ("dtype", "torch_dtype", "trust_remote_code", "code_revision")]
             if unknown:

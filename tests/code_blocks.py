@@ -45,6 +45,7 @@ SHORTER: dict[str, str] = {
     ),
     "hymba ablate": "--check",
     "hymba analyze": "--length 24 --samples 1",
+    "hymba eval": "--limit 1",
     "hymba generate": "--max-new-tokens 4",
 }
 

@@ -94,12 +94,37 @@ def load(
         MemoryEstimateError: weights that will not fit on the device.
         ConfigError, CheckpointError: files that do not make a model.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from hymba.model import HymbaForCausalLM
     from hymba.quantization import method
 
+    config, where, dtype, keywords = plan(
+        name, dtype=dtype, device=device, revision=revision, quantization=quantization
+    )
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(name, revision=revision)
+    if method(config) is not None:
+        keywords["device_map"] = {"": where}
+    if revision is not None:
+        keywords["revision"] = revision
+    model = HymbaForCausalLM.from_pretrained(name, dtype=dtype, **keywords)
+    return model.eval() if "device_map" in keywords else model.to(where).eval(), tokenizer
+
+
+def plan(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    quantization: str | None = None,
+) -> tuple[HymbaConfig, str, str, dict[str, Any]]:
+    """Configuration, device, dtype and further arguments that `load` would load with, found out before it does.
+
+    Raises:
+        As `load`, but for tokenizer and weights, which are not read.
+    """
     where = _device(device)
     # Found out before gigabytes of weights are read.
     config = load_config(name, revision=revision)
@@ -108,21 +133,25 @@ def load(
     if quantization is not None:
         dtype, keywords = _quantised(str(quantization), config, dtype, where)
     _check_weights_fit(config, dtype, where, quantization)
-    logging.disable_progress_bar()
+    return config, where, dtype, keywords
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
         folder = Path(name)
         why = "" if folder.is_dir() and not list(folder.glob("token*")) else f" ({_first_line(error)})"
         raise UsageError(
             f"--model {name}: no tokenizer can be loaded from it{why}; needed: tokenizer.json and tokenizer_config.json"
         ) from error
-    if method(config) is not None:
-        keywords["device_map"] = {"": where}
-    if revision is not None:
-        keywords["revision"] = revision
-    model = HymbaForCausalLM.from_pretrained(name, dtype=dtype, **keywords)
-    return model.eval() if "device_map" in keywords else model.to(where).eval(), tokenizer
 
 
 def _quantised(kind: str, config: HymbaConfig, dtype: str, device: str) -> tuple[str, dict[str, Any]]:

@@ -507,16 +507,16 @@ def test_train_hands_its_arguments_on(tmp_path: Path, monkeypatch: pytest.Monkey
     result = SimpleNamespace(status="finished")
     monkeypatch.setattr("hymba.experiments.train.main", lambda *args: calls.append(args) or result)
     config = tmp_path / "tiny.yaml"
-    config.write_text("")
-    hymba("train", config, "run.steps=3", "data.source=files")
-    assert calls == [(config, ["run.steps=3", "data.source=files"])]
+    config.write_text(f"run: {{output: {tmp_path / 'run'}}}")
+    hymba("train", config, "run.steps=3", "run.seed=1")
+    assert calls == [(config, ["run.steps=3", "run.seed=1"])]
     result.status = "interrupted"
     hymba("train", config, code=errors.INTERRUPTED)
     assert "'steps' is not a setting; write KEY=VALUE" in error("train", config, "steps")
 
 
 def test_a_training_saves_by_the_released_names(tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text("")
+    (tmp_path / "tiny.yaml").write_text("run: {output: run}")
     code = (
         "import sys, types; sys.argv = ['hymba', 'train', 'tiny.yaml']\n"
         "from hymba.cli import app\n"

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 
 from hymba.experiments import checkpoints
-from hymba.experiments.ablation.plan import AblationError, read_json
+from hymba.experiments.ablation.settings import AblationError
+from hymba.experiments.checkpoints import read_json
 
 _TOUCH_SECONDS = 30.0
 STALE_SECONDS = 600.0

@@ -14,7 +14,8 @@ import yaml
 from hymba import HymbaConfig, HymbaForCausalLM, cost
 from hymba.config import nearest
 from hymba.experiments import checkpoints
-from hymba.experiments.ablation.settings import AblationSettings, TaskEntry
+from hymba.experiments.ablation.settings import AblationError, AblationSettings, TaskEntry
+from hymba.experiments.checkpoints import read_json
 from hymba.experiments.settings import SettingsError, TrainSettings
 from hymba.experiments.tasks import make_task
 from hymba.experiments.tokenizer import build_tokenizer
@@ -28,10 +29,6 @@ UNIT, CONFIG, RESULT, FAILURE, LOG, TRAIN = (
     "log.txt",
     "train",
 )
-
-
-class AblationError(ValueError):
-    """An ablation that cannot start; the message names every variant at fault, or the folder and who has it."""
 
 
 @dataclass(frozen=True)
@@ -203,12 +200,3 @@ def _shape(settings: TrainSettings, cache_length: int) -> Shape:
         model = HymbaForCausalLM(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Shape(parameters, cost.cache_bytes(config, cache_length).total)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no such file or no whole object in it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

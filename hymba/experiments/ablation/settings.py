@@ -32,6 +32,10 @@ _VARIANT_KEYS = ("run.precision", "run.activation_checkpointing", "run.batch_siz
 _OURS = ("run.output", "run.seed", "run.resume")
 
 
+class AblationError(ValueError):
+    """An ablation that cannot start; the message names every variant at fault, or the folder and who has it."""
+
+
 @dataclass(frozen=True)
 class TaskEntry:
     """What every variant is trained on and measured by."""

@@ -27,7 +27,7 @@ app = typer.Typer(
     # Paragraphs of the docstrings flow with the terminal's width.
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Hymba, the hybrid-head model: generate, chat, serve, inspect, train, fine-tune, ablate, eval, analyze.",
+    help="Hymba, the hybrid-head model: generate, chat, serve, train, fine-tune, ablate, eval, analyze, convert.",
 )
 
 

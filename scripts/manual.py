@@ -34,6 +34,8 @@ REFERENCE: tuple[str, ...] = (
     "hymba.memory",
     "hymba.hub",
     "hymba.adapters",
+    "hymba.quantization",
+    "hymba.conversion",
     "hymba.experiments.settings",
     "hymba.experiments.train",
     "hymba.experiments.tasks",

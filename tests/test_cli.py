@@ -66,11 +66,13 @@ def expected(folder: Path, prompt: str, **options: Any) -> str:
 def test_help_names_the_commands() -> None:
     code = "import sys; sys.argv = ['hymba', '--help']; from hymba.cli import app; app()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("generate", "chat", "serve", "inspect", "train", "ablate", "analyze", "env"):
+    for command in ("generate", "chat", "serve", "inspect", "train", "ablate", "analyze", "convert", "env"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "serve", "inspect", "train", "ablate", "analyze", "env"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "serve", "inspect", "train", "ablate", "analyze", "convert", "env"]
+)
 def test_every_command_has_help(command: str) -> None:
     assert f"Usage: hymba {command}" in " ".join(hymba(command, "--help").stdout.split()).replace("root", "hymba")
 

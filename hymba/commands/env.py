@@ -13,8 +13,8 @@ import typer
 from hymba.commands import options as opt
 
 _PACKAGES = (
-    "hymba torch transformers tokenizers safetensors accelerate huggingface_hub numpy einops datasets peft triton "
-    "mamba-ssm causal-conv1d flash-attn flash-attn-4"
+    "hymba torch transformers tokenizers safetensors accelerate huggingface_hub numpy einops datasets peft trl "
+    "lm-eval torchao bitsandbytes triton mamba-ssm causal-conv1d flash-attn flash-attn-4"
 ).split()
 
 

@@ -39,6 +39,7 @@ def serve(
     revision: opt.Revision = None,
     dtype: opt.ModelDType = opt.DType.auto,
     device: opt.Device = "auto",
+    quantization: opt.Quantization = None,
     prepack: opt.Prepack = False,
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Address to listen at; 0.0.0.0 for all.", rich_help_panel=_SERVER)
@@ -104,7 +105,7 @@ def serve(
 
         from hymba.serving.app import build_app
 
-        network, tokenizer = load(path, dtype=dtype.value, device=device, revision=revision)
+        network, tokenizer = load(path, dtype=dtype.value, device=device, revision=revision, quantization=quantization)
     name = served_model_name or _name(given)
     if max_model_len is not None and max_model_len > network.config.max_position_embeddings:
         trained = network.config.max_position_embeddings

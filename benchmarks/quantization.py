@@ -56,7 +56,7 @@ def load(folder: Path, variant: str, *, device: str, dtype: str) -> HymbaForCaus
 
 
 @torch.no_grad()
-def drift(model: HymbaForCausalLM, length: int = 24) -> float:
+def drift(model: HymbaForCausalLM, length: int) -> float:
     """How far the logits of steps over a cache are from those of one forward pass, relative."""
     ids = _ids(model, length)
     whole = model(ids, use_cache=False).logits.float()
@@ -71,27 +71,27 @@ def _ids(model: HymbaForCausalLM, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def speed(model: HymbaForCausalLM, *, prompt: int, tokens: int) -> dict[str, float]:
+def speed(model: HymbaForCausalLM, *, prompt: int, tokens: int, clock: str) -> dict[str, float]:
     """Tokens/s at batch 1: of a prompt taken in at once, and of greedy steps behind it."""
     ids = _ids(model, prompt)
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if clock == "processor" else time.perf_counter()
+
     with model.frozen_meta_state():
         model(ids, use_cache=False, logits_to_keep=1)
         cache = HymbaCache(model.config)
-        started = _now(model)
+        started = now()
         token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        prefilled = _now(model)
+        prefilled = now()
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        first = _now(model)
+        first = now()
         for _ in range(tokens):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        ended = _now(model)
+        ended = now()
     return {"prefill_tokens_per_s": prompt / (prefilled - started), "tokens_per_s": tokens / (ended - first)}
-
-
-def _now(model: HymbaForCausalLM) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def loss(model: HymbaForCausalLM, folder: Path, files: int | None) -> float | None:
@@ -131,10 +131,10 @@ def one(args: argparse.Namespace, variant: str) -> dict[str, Any]:
     found = weights(model)
     quantised, linear = len(found.quantised), len(found.quantised) + len(found.unquantised)
     row |= {"weight_bytes": found.bytes, "quantised_layers": quantised, "linear_layers": linear}
-    row["step_drift"] = drift(model)
+    row["step_drift"] = drift(model, args.check)
     if not row["step_drift"] < DRIFT:
         raise SystemExit(f"error: {variant}: steps differ from the forward pass by {row['step_drift']:.3g}; no numbers")
-    row |= speed(model, prompt=args.prompt, tokens=args.tokens)
+    row |= speed(model, prompt=args.prompt, tokens=args.tokens, clock=args.clock)
     row |= resident_bytes() if args.device == "cpu" else {"peak_bytes": torch.cuda.max_memory_allocated()}
     row["bits_per_byte"] = None if args.skip_loss else loss(model, args.model, args.files)
     return row
@@ -142,7 +142,7 @@ def one(args: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 def in_own_process(args: argparse.Namespace, variant: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.quantization", "--model", str(args.model), "--only", variant]
-    for name in ("device", "dtype", "prompt", "tokens", "files"):
+    for name in ("device", "dtype", "prompt", "tokens", "files", "check", "clock"):
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
     command += ["--skip-loss"] if args.skip_loss else []
@@ -220,6 +220,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--prompt", type=int, default=128, help="tokens taken in at once")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded one by one")
+    parser.add_argument("--check", type=int, default=24, help="tokens whose steps are held to the forward pass")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall",
+        help="processor: rates per second of processor time, for one thread on a machine that is busy otherwise",
+    )  # fmt: skip
     parser.add_argument("--files", type=int, help="held-out files for the loss (default: all)")
     parser.add_argument("--skip-loss", action="store_true")
     parser.add_argument("--parts", action="store_true", help="loss with one kind of weight quantised at a time")
@@ -235,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     rows = [in_own_process(args, variant) for variant in args.variants]
     print(table(rows))
-    report("quantization", rows, model=args.model.name, prompt=args.prompt, threads=torch.get_num_threads())
+    facts = {"prompt": args.prompt, "threads": torch.get_num_threads(), "clock": args.clock}
+    report("quantization", rows, model=args.model.name, **facts)
     return 0
 
 

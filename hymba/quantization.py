@@ -104,20 +104,14 @@ def _int4(device: str, group_size: int) -> Any:
     """torchao's configuration of int4 weights for one kind of device."""
     if device == "cpu":
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
-        from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 
-        # Half-quadratic quantisation places scale and zero point for a smaller error than the extremes of the group.
-        return PrototypeInt4WeightOnlyConfig(
-            group_size=group_size,
-            int4_choose_qparams_algorithm=Int4ChooseQParamsAlgorithm.HQQ,
-            set_inductor_config=False,
-        )
+        # Half-quadratic quantisation has 3% less error in the weights and takes 80 times as long: 20 minutes for 1.5B.
+        return PrototypeInt4WeightOnlyConfig(group_size=group_size, set_inductor_config=False)
     from torchao.quantization import Int4WeightOnlyConfig  # pragma: gpu
 
     return Int4WeightOnlyConfig(  # pragma: gpu
         group_size=group_size,
         int4_packing_format="tile_packed_to_4d",
-        int4_choose_qparams_algorithm="hqq",
         set_inductor_config=False,
     )
 

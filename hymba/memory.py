@@ -96,6 +96,7 @@ def training_bytes(
     optimizer: bool = True,
     checkpointing: str = "none",
     fused_loss: bool = False,
+    shards: int = 1,
 ) -> MemoryBytes:
     """Bytes of a training step.
 
@@ -106,6 +107,8 @@ def training_bytes(
         optimizer: two moments for every parameter, as AdamW keeps them.
         checkpointing: one of `POLICIES`.
         fused_loss: the loss without the logits of all tokens.
+        shards: devices that share parameters, gradients and moments; what they gather for the layers at work comes on
+            top.
 
     Raises:
         ValueError: a policy or dtype that there is not.
@@ -137,10 +140,15 @@ def training_bytes(
         MemoryBytes(activations=size * (kept + again + work), logits=behind),
         MemoryBytes(activations=size * (whole + work), gradients=gradients),
     )
+    peak = max(moments, key=lambda moment: moment.total)
+    # The embedding stays gathered for the step; of the layers the one at work and the next one, and a gradient.
+    outside = vocabulary * d * (1 if config.tie_word_embeddings else 2)
+    gathered = 0 if shards == 1 else wide * (outside + 2 * (count - outside) // len(config.layers))
     return replace(
-        max(moments, key=lambda moment: moment.total),
-        weights=count * (wide + (width if width != wide else 0)),
-        optimizer=2 * count * wide if optimizer else 0,
+        peak,
+        weights=count * wide // shards + gathered + count * (width if width != wide else 0),
+        gradients=peak.gradients // shards + (gathered if peak.gradients else 0),
+        optimizer=2 * count * wide // shards if optimizer else 0,
     )
 
 

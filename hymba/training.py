@@ -40,6 +40,16 @@ class ActivationMixin:
             if hasattr(module, "selective_checkpointing"):
                 module.selective_checkpointing = policy == "selective"
 
+    def freeze_unused_parameters(self) -> None:
+        """Ask for no gradient of what no output depends on: the key norm of a layer that borrows its keys.
+
+        The released layout has that tensor. Data-parallel training waits for the gradient of every parameter that
+        asks for one.
+        """
+        for module in self.modules():  # type: ignore[attr-defined]
+            if getattr(module, "borrows_kv", False) and module.attention.k_norm is not None:
+                module.attention.k_norm.requires_grad_(False)
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:

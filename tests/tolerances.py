@@ -30,6 +30,12 @@ BFLOAT16_RELATIVE = 0.04
 QUANTISED = {"int8": 0.06, "int4": 0.6}
 """||got - want|| / ||want|| of logits of a small random model, quantised against plain: a weight is off by 1/250 of the
 largest of its row, or by up to 1/30 of its group's range, and every layer adds its own. Trained weights do better."""
+PARALLEL = 2e-4
+"""Relative difference of a training's losses and gradient norms between one process and several (DDP, FSDP2) over some
+steps in float32: gradients are added in another order, and AdamW divides by their size."""
+
+BFLOAT16_PARALLEL = 5e-3
+"""The same under bfloat16 autocast, whose roundings DDP and FSDP2 share."""
 
 # On a GPU (tests/gpu). TF32 is off, so float32 differs from the CPU by the order of sums only.
 GPU_LOGITS = 2e-4

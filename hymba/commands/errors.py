@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,16 @@ def _wrong_option(error: BaseException, arguments: Sequence[str]) -> str | None:
 
 
 def report(error: BaseException, arguments: Sequence[str] = ()) -> None:
-    """Print the error's line to stderr."""
+    """Print the error's line to stderr.
+
+    Processes that were started together refuse the same arguments: the first one says so for all. An error of another
+    kind says in which process it was.
+    """
+    rank = os.environ.get("RANK", "0")
+    if getattr(error, "silent", False) or (rank != "0" and exit_code(error) in (USAGE, INTERRUPTED)):
+        return
+    if rank != "0":
+        typer.echo(f"process {rank}: ", nl=False, err=True)
     typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
     typer.echo(message(error, arguments), err=True)
 

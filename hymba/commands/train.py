@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,16 +28,8 @@ def train(
         if "=" not in override:
             raise UsageError(f"{override!r} is not a setting; write KEY=VALUE, such as run.steps=100")
 
-    from hymba.experiments.ablation.lock import Locks
-    from hymba.experiments.settings import load_settings
     from hymba.experiments.train import main
 
-    # Beside the folder, so that a refused run leaves nothing in it. Of several processes the first writes.
-    output = Path(load_settings(config, overrides or []).run.output).expanduser()
-    lock = Locks([output.with_name(f"{output.name}.lock")], advice=" or choose another run.output")
-    with lock if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        for line in lock.stale:
-            typer.echo(line)
-        result = main(config, overrides or [])
+    result = main(config, overrides or [])
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)

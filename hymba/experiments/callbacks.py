@@ -11,10 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hymba.experiments.processes import StopVote, is_first, world_size
+
+_ONE_SIGNAL = 2.0
+"""Seconds in which signals to several processes count as one."""
 HELD_OUT = {
     "bits_per_byte": ("held-out bits/byte", ".4f"),
     "accuracy": ("held-out accuracy", ".4f"),
@@ -27,7 +30,9 @@ HELD_OUT = {
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once, unsaved.
 
-    Several processes stop at the same step, the next one that is logged.
+    Several processes stop at the same step, one after the signal: they vote at each step and read the votes at the
+    next. A launcher passes on what the terminal has sent already, so for them what comes within two seconds counts as
+    one signal.
 
     Use as a context manager around ``trainer.train()``; handlers are put back on leaving. Signals reach the main
     thread only, so elsewhere this does nothing.
@@ -35,6 +40,8 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._at = 0.0
+        self._vote = StopVote()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -50,31 +57,34 @@ class StopOnSignal(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if world_size() > 1 and time.monotonic() - self._at < _ONE_SIGNAL:
+                return
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        print(
-            f"\n{self.received.name}: stopping after this step; saving a checkpoint (again: stop at once)",
-            file=sys.stderr,
-            flush=True,
-        )
+        self.received, self._at = signal.Signals(number), time.monotonic()
+        if is_first():
+            print(
+                f"\n{self.received.name}: stopping after this step; saving a checkpoint (again: stop at once)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._agreed(args, state):
+        if self._vote.cast(self.received is not None):
             control.should_save = True
             control.should_training_stop = True
         return control
 
-    def _agreed(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Whether any process received a signal. Processes ask each other at log steps only: it makes them wait."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self.received is not None
-        if state.global_step % args.logging_steps:
-            return False
-        flag = torch.tensor(int(self.received is not None), device=args.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._vote.settle()
+
+    def agreed(self) -> bool:
+        """Whether any process has received a signal; all processes ask, and wait for each other."""
+        before = self._vote.cast(self.received is not None)
+        return self._vote.settle() or before
 
 
 class Meter(TrainerCallback):
@@ -89,29 +99,40 @@ class Meter(TrainerCallback):
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def __enter__(self) -> None:
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self._started = None
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.__exit__()
+
 
 class Progress(TrainerCallback):
-    """A bar with loss and tokens/s on a terminal; otherwise one line per log entry."""
+    """A bar with loss and tokens/s on a terminal; otherwise one line per log entry. ``steps``: of the whole run."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int | None = None) -> None:
         self._bar: Any = None
+        self._steps = steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step", desc="train"
+                total=self._steps or state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                unit="step",
+                desc="train",
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -138,7 +159,7 @@ class Progress(TrainerCallback):
         if not parts:
             return
         if self._bar is None:
-            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), flush=True)
+            print(f"step {state.global_step}/{self._steps or state.max_steps}  " + "  ".join(parts), flush=True)
         elif not HELD_OUT.keys().isdisjoint(logs):
             self._bar.write(f"step {state.global_step}  " + "  ".join(parts))
         else:
@@ -199,9 +220,12 @@ class HeldOut(TrainerCallback):
         measure: Callable[[], float],
         log: Callable[[dict[str, float]], None],
         name: str = "bits_per_byte",
+        steps: int | None = None,
     ) -> None:
+        """``steps``: of the whole run, whose last step is measured when all is done."""
         self._every, self._measure, self._log, self._name = every, measure, log, name
+        self._steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+        if state.global_step % self._every == 0 and state.global_step < (self._steps or state.max_steps):
             self._log({self._name: self._measure()})

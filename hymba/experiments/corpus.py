@@ -15,12 +15,12 @@ import hashlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hymba.experiments.settings import DataSettings
+from hymba.experiments.settings import DataSettings, TextSettings
 
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
@@ -81,7 +81,43 @@ def byte_length(text: str) -> int:
 
 
 def load_corpus(settings: DataSettings) -> Corpus:
-    """Read the documents that ``settings`` name and split them.
+    """All documents of the settings' sources.
+
+    Raises:
+        CorpusError, ImportError: as :func:`read_corpus`.
+    """
+    return join(load_corpora(settings))
+
+
+def load_corpora(settings: DataSettings) -> dict[str, Corpus]:
+    """The corpus of each of ``data.sources`` by its name; of a single source, its corpus under "".
+
+    Raises:
+        CorpusError, ImportError: as :func:`read_corpus`.
+    """
+    if not settings.sources:
+        return {"": read_corpus(settings, held_out=settings.held_out)}
+    return {source.name: read_corpus(source, held_out=settings.held_out) for source in settings.sources}
+
+
+def join(corpora: Mapping[str, Corpus]) -> Corpus:
+    """All sources as one corpus, in which the source's name stands before a document's."""
+    if list(corpora) == [""]:
+        return corpora[""]
+
+    def side(documents: Callable[[Corpus], Sequence[Document]]) -> tuple[Document, ...]:
+        return tuple(
+            Document(f"{name}/{document.name}", document.text)
+            for name, corpus in corpora.items()
+            for document in documents(corpus)
+        )
+
+    description = "; ".join(f"{name}: {corpus.description}" for name, corpus in corpora.items())
+    return Corpus(description, side(lambda corpus: corpus.train), side(lambda corpus: corpus.held_out))
+
+
+def read_corpus(settings: TextSettings, *, held_out: float) -> Corpus:
+    """Read the documents that ``settings`` name and split them; ``held_out``: the share kept for evaluation.
 
     Raises:
         CorpusError: nothing found, a file that is not text, or a side of the split without a document.
@@ -103,14 +139,14 @@ def load_corpus(settings: DataSettings) -> Corpus:
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise CorpusError(f"data: the corpus is empty: no text in {origin}; give files or folders with text")
-    train = [d for d in documents if split_position(d.name) >= settings.held_out]
-    held_out = [d for d in documents if split_position(d.name) < settings.held_out]
+    train = [d for d in documents if split_position(d.name) >= held_out]
+    kept = [d for d in documents if split_position(d.name) < held_out]
     if not train:
         raise CorpusError(
-            f"data.held_out = {settings.held_out}: all {len(documents)} documents of {origin} fall on the held-out "
+            f"data.held_out = {held_out}: all {len(documents)} documents of {origin} fall on the held-out "
             "side; give more documents or a smaller share"
         )
-    return Corpus(description, tuple(train), tuple(held_out))
+    return Corpus(description, tuple(train), tuple(kept))
 
 
 def split_position(name: str) -> float:
@@ -191,7 +227,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_dataset(settings: DataSettings) -> Iterator[Document]:
+def read_dataset(settings: TextSettings) -> Iterator[Document]:
     """Rows of a ``datasets`` dataset, named by their row number.
 
     Raises:

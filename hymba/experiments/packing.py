@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +22,45 @@ IGNORED = -100
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """``rows`` rows of ``length`` token ids, whose order is the order of training."""
+    """``rows`` rows of ``length`` token ids, whose order is the order of training; it begins at row ``first``."""
 
     rows: int
     length: int
+    first = 0
 
     def __len__(self) -> int:
         return self.rows
+
+
+class Tokens:
+    """The token ids of all documents in one array, in memory or mapped from a file that processes share."""
+
+    def __init__(self, ids: NDArray[Any], ends: NDArray[np.int64]) -> None:
+        """``ids``: of all documents, one behind the other. ``ends``: where each document ends."""
+        self.ids, self.ends = ids, ends
+        self.starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[int]]) -> Tokens:
+        """Two bytes per token where the largest id allows it, else four."""
+        widest = max((max(document, default=0) for document in documents), default=0)
+        kind = np.uint16 if widest < 2**16 else np.int32
+        parts = [np.asarray(document, dtype=kind) for document in documents]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return cls(np.concatenate(parts) if parts else np.empty(0, dtype=kind), ends)
+
+    def save(self, folder: Path) -> None:
+        """Write the two arrays."""
+        np.save(folder / "ids.npy", self.ids)
+        np.save(folder / "ends.npy", self.ends)
+
+    @classmethod
+    def open(cls, folder: Path) -> Tokens:
+        """What :meth:`save` wrote; the ids stay on the disk and are read as they are used."""
+        return cls(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "ends.npy"))
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class TokenRows(Rows):
@@ -40,31 +73,33 @@ class TokenRows(Rows):
 
     def __init__(
         self,
-        documents: Sequence[Sequence[int]],
+        documents: Tokens | Sequence[Sequence[int]],
         *,
         length: int,
         rows: int,
         seed: int,
         layout: Literal["packed", "stream"],
+        stream: int | None = None,
+        name: str = "the training side",
     ) -> None:
         """``documents``: token ids, each with its beginning- and end-of-text tokens.
+
+        ``stream`` gives rows of one seed another order; ``name`` stands for the documents in errors.
 
         Raises:
             ValueError: there are fewer tokens than one row takes.
         """
-        widest = max((max(document, default=0) for document in documents), default=0)
-        kind = np.uint16 if widest < 2**16 else np.int32
-        self._documents = [np.asarray(document, dtype=kind) for document in documents]
+        self._tokens = documents if isinstance(documents, Tokens) else Tokens.of(documents)
         self.length, self.rows, self.seed, self.layout = length, rows, seed, layout
-        self.tokens = sum(len(document) for document in self._documents)
+        self.tokens = len(self._tokens)
+        self._stream = () if stream is None else (stream,)
         if self.tokens < length:
             raise ValueError(
-                f"data.sequence_length = {length}: the training side has only {self.tokens} tokens; "
-                "give more text or shorter rows"
+                f"data.sequence_length = {length}: {name} has only {self.tokens} tokens; give more text or shorter rows"
             )
         self._pass = -1
-        self._stream: NDArray[Any] = np.empty(0)
-        self._starts: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        self._documents: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._ends: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     @cached_property
@@ -83,30 +118,45 @@ class TokenRows(Rows):
         number, place = divmod(index, self.rows_per_pass)
         if number != self._pass:
             self._shuffle(number)
-        start = int(self._order[place]) * self.length
-        ids = torch.from_numpy(self._stream[start : start + self.length].astype(np.int64))
+        ids, starts = self._read(int(self._order[place]) * self.length)
         if self.layout == "stream":
             return {"input_ids": ids, "labels": ids.clone()}
-        starts = torch.from_numpy(self._starts[start : start + self.length].copy())
         return {"input_ids": ids, **packed_fields(ids, starts)}
 
     def _shuffle(self, number: int) -> None:
-        generator = np.random.default_rng((self.seed, number))
-        order = generator.permutation(len(self._documents))
-        self._stream = np.concatenate([self._documents[i] for i in order])
-        self._starts = np.zeros(len(self._stream), dtype=np.bool_)
-        self._starts[np.cumsum([0] + [len(self._documents[i]) for i in order[:-1]])] = True
+        generator = np.random.default_rng((self.seed, number, *self._stream))
+        self._documents = generator.permutation(len(self._tokens.ends))
+        sizes = self._tokens.ends - self._tokens.starts
+        self._ends = np.cumsum(sizes[self._documents])
         self._order = generator.permutation(self.rows_per_pass)
         self._pass = number
 
+    def _read(self, place: int) -> tuple[Tensor, Tensor]:
+        """Ids of the row at a place of the pass, and which of them are the first of a document."""
+        ids = np.empty(self.length, dtype=np.int64)
+        starts = np.zeros(self.length, dtype=np.bool_)
+        filled = 0
+        at = int(np.searchsorted(self._ends, place, side="right"))
+        while filled < self.length:
+            document = self._documents[at]
+            first, end = int(self._tokens.starts[document]), int(self._tokens.ends[document])
+            inside = end - first - int(self._ends[at] - place) if not filled else 0
+            taken = min(self.length - filled, end - first - inside)
+            ids[filled : filled + taken] = self._tokens.ids[first + inside : first + inside + taken]
+            starts[filled] = not inside
+            filled += taken
+            at += 1
+        return torch.from_numpy(ids), torch.from_numpy(starts)
+
 
 def rows_digest(rows: Rows, sample: int = 16) -> str:
-    """A hash of the number of rows and of the first and last ``sample`` rows' ids and labels.
+    """A hash of the number of rows and of the first and last ``sample`` rows' ids and labels, from ``first`` on.
 
     Trainings with equal hashes saw the same tokens in the same order: what lies between follows from the same seed.
     """
-    total = hashlib.sha256(str((rows.rows, rows.length)).encode())
-    for index in sorted({*range(min(sample, rows.rows)), *range(max(0, rows.rows - sample), rows.rows)}):
+    begin, end = rows.first, rows.rows
+    total = hashlib.sha256(str((end - begin, rows.length)).encode())
+    for index in sorted({*range(begin, min(begin + sample, end)), *range(max(begin, end - sample), end)}):
         row = rows[index]
         for name in ("input_ids", "labels"):
             total.update(row[name].numpy().astype("<i8").tobytes())

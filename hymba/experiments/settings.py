@@ -25,8 +25,8 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Where the text comes from and how it becomes rows of token ids."""
+class TextSettings:
+    """Where text comes from."""
 
     source: Literal["stdlib", "files", "datasets"] = "stdlib"
     paths: tuple[str, ...] = ()
@@ -37,11 +37,28 @@ class DataSettings:
     dataset_config: str | None = None
     dataset_split: str = "train"
     text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class SourceSettings(TextSettings):
+    """One of several sources that are mixed."""
+
+    name: str = ""
+    weight: float = 1.0
+    """Share of the rows, relative to the other sources' weights; 0 for a source that only a later phase reads."""
+
+
+@dataclass(frozen=True)
+class DataSettings(TextSettings):
+    """Where the text comes from and how it becomes rows of token ids."""
+
     held_out: float = 0.05
     """Share of the documents kept for evaluation, drawn by a hash of their names."""
     sequence_length: int = 1024
     layout: Literal["packed", "stream"] = "packed"
     """``packed``: each document starts from the meta state; ``stream``: documents form one text."""
+    sources: tuple[SourceSettings, ...] = ()
+    """Several sources in place of the one that ``source`` names, mixed row by row by their weights."""
     task: dict[str, Any] | None = None
     """A synthetic task in place of text: its ``name`` and parameters, as ``hymba.experiments.tasks.make_task`` takes
     them. The other keys of this section and the tokenizer are then not read."""
@@ -85,12 +102,21 @@ class RunSettings:
     batch_size: int = 8
     """Rows per device and forward pass."""
     gradient_accumulation: int = 1
+    tokens_per_step: int | None = None
+    """Tokens of one optimizer step over all devices. With it the accumulation follows from ``batch_size`` and the
+    number of processes, so that a run may go on with another number of them."""
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    """What several processes do: each holds the model (``ddp``), or a share of every parameter (``fsdp2``)."""
+    reshard: bool = True
+    """``fsdp2``: let go of the other processes' shares of a layer after each use, and gather them again in backward."""
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16``: autocast over fp32 parameters."""
     device: Literal["auto", "cpu"] = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    compile: bool = False
+    """Compile each layer with ``torch.compile``; selective activation checkpointing is then the compiler's choice."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Of ``HymbaModel.set_activation_checkpointing``: less memory for more work, the same numbers."""
     gradient_checkpointing: bool = False
@@ -125,6 +151,22 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class PhaseSettings:
+    """A later part of a run and what changes there; what it leaves out stays as in the sections."""
+
+    name: str
+    start: float
+    """Share of ``run.steps`` after which the phase begins; it ends where the next one does."""
+    weights: dict[str, float] | None = None
+    """Of ``data.sources`` by name; sources left out are not read."""
+    sequence_length: int | None = None
+    batch_size: int | None = None
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields that change no tensor's shape, such as those of the rotary embedding."""
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Everything ``hymba train`` reads; the fields are the sections of the YAML file."""
 
@@ -134,6 +176,7 @@ class TrainSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    phases: tuple[PhaseSettings, ...] = ()
     export: ExportSettings = field(default_factory=ExportSettings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,8 +187,9 @@ class TrainSettings:
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> TrainSettings:
     """Read a YAML file, apply ``key=value`` overrides (dotted keys, values in YAML), check everything.
 
-    ``model`` may be a mapping of :class:`HymbaConfig` fields or the path of a YAML file with one; a relative
-    path is looked up beside the file that names it, then in the working directory.
+    ``model`` may be a mapping of :class:`HymbaConfig` fields, the path of a YAML file with one, or a mapping with the
+    path as ``file`` and fields that replace the file's; a relative path is looked up beside the file that names it,
+    then in the working directory.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -161,15 +205,22 @@ def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> TrainSetti
 def read_raw(path: Path) -> dict[str, Any]:
     """The sections of a training file, unchecked, with a ``model`` that is a path read from its file."""
     raw = read_yaml(path)
-    if isinstance(raw.get("model"), str):
-        raw["model"] = read_yaml(beside(path, raw["model"]))
+    model = raw.get("model")
+    if isinstance(model, str):
+        raw["model"] = read_yaml(beside(path, model))
+    elif isinstance(model, dict) and isinstance(model.get("file"), str):
+        fields = {key: value for key, value in model.items() if key != "file"}
+        raw["model"] = {**read_yaml(beside(path, model["file"])), **fields}
     return raw
 
 
 def train_settings(raw: Mapping[str, Any], *, where: str) -> TrainSettings:
     """Settings from the sections of a training file, with the checks of :func:`load_settings`."""
     settings = _build(TrainSettings, raw, prefix="", where=where)
-    _check_ranges(settings)
+    # The checks know the settings, so an import at the top would go in a circle.
+    from hymba.experiments.ranges import check_ranges
+
+    check_ranges(settings)
     return settings
 
 
@@ -240,7 +291,9 @@ def set_key(raw: dict[str, Any], key: str, value: Any, *, where: str, kind: type
     """
     kind = TrainSettings if kind is None else kind
     known, free = known_keys(kind), ("model.", _TASK) if kind is TrainSettings else ()
-    if key not in known and not key.startswith(free):
+    # A list, as `phases` is, has no keys of its own and is given whole.
+    lists = {name for name, hint in typing.get_type_hints(kind).items() if typing.get_origin(hint) is tuple}
+    if key not in known and key not in lists and not key.startswith(free):
         if key in {item.name for item in dataclasses.fields(kind)}:
             raise SettingsError(f"{where}: {key!r} is a section; set one of its keys, {key}.<name>=value")
         raise SettingsError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
@@ -299,11 +352,17 @@ def _build(cls: type, raw: Any, *, prefix: str, where: str) -> Any:
             values[key] = _build(typing.cast(type, hints[key]), value, prefix=f"{prefix}{key}.", where=where)
         else:
             values[key] = _convert(value, hints[key], f"{where}: {prefix}{key}")
+    for item in dataclasses.fields(cls):
+        if item.name not in values and item.default is item.default_factory is dataclasses.MISSING:
+            raise SettingsError(f"{where}: {prefix}{item.name} is missing")
     return cls(**values)
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        where, _, key = name.rpartition(": ")
+        return _build(typing.cast(type, hint), value, prefix=f"{key}.", where=where)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             raise SettingsError(f"{name} = {value!r}: allowed are {', '.join(map(repr, arguments))}")
@@ -323,7 +382,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise SettingsError(f"{name} = {value!r}: expected a mapping of names to values")
-        return dict(value)
+        if arguments[1] is Any:
+            return dict(value)
+        return {key: _convert(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
     if hint is float:
         # YAML 1.1 reads 1e-3 (no dot) as text; a person who writes it means the number.
         if isinstance(value, str):
@@ -341,54 +402,6 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is str and not isinstance(value, str):
         raise SettingsError(f"{name} = {value!r}: expected text")
     return value
-
-
-def _check_ranges(settings: TrainSettings) -> None:
-    """Value limits that a type cannot say."""
-
-    def need(condition: bool, key: str, value: Any, allowed: str) -> None:
-        if not condition:
-            raise SettingsError(f"{key} = {value!r}: {allowed}")
-
-    data, run, schedule, optimizer = settings.data, settings.run, settings.schedule, settings.optimizer
-    need(0.0 <= data.held_out < 1.0, "data.held_out", data.held_out, "expected 0 <= value < 1")
-    need(data.sequence_length >= 2, "data.sequence_length", data.sequence_length, "expected at least 2 tokens")
-    need(
-        data.source != "files" or bool(data.paths),
-        "data.paths",
-        list(data.paths),
-        "name at least one file or folder",
-    )
-    need(
-        data.source != "datasets" or bool(data.dataset),
-        "data.dataset",
-        data.dataset,
-        "name a dataset or its folder",
-    )
-    need(
-        settings.tokenizer.path is not None or settings.tokenizer.vocab_size >= 260,
-        "tokenizer.vocab_size",
-        settings.tokenizer.vocab_size,
-        "a byte-level vocabulary needs at least 260 entries (256 bytes and the special tokens)",
-    )
-    for name in (
-        "steps",
-        "batch_size",
-        "gradient_accumulation",
-        "log_every",
-        "save_every",
-        "keep_checkpoints",
-    ):
-        need(getattr(run, name) >= 1, f"run.{name}", getattr(run, name), "expected at least 1")
-    for name in ("threads", "evaluate_every", "evaluate_bytes", "seed"):
-        need(getattr(run, name) >= 0, f"run.{name}", getattr(run, name), "expected 0 or more")
-    check_optimisation(optimizer, schedule, need)
-    need(run.init_from is None or bool(run.init_from), "run.init_from", run.init_from, "name a folder, or null")
-    if data.task is not None:
-        # Tasks are made of settings, so an import at the top would go in a circle.
-        from hymba.experiments.tasks import make_task
-
-        make_task(**{"name": None, **data.task})
 
 
 def check_optimisation(

@@ -1,21 +1,22 @@
 """``hymba train``: from a settings file to a checkpoint folder in the released layout.
 
-The output folder holds ``settings.yaml``, ``corpus.json``, ``tokenizer/``, ``log.jsonl``, ``tensorboard/``,
-``checkpoint-<step>/`` and, at the end, the exported folder. A run on a synthetic task (``data.task``) has neither
-corpus nor tokenizer; it ends with ``results.json``, the task's measurement on held-out rows. Running the same command
-again goes on from the last complete checkpoint.
+The output folder holds ``settings.yaml``, ``plan.json``, ``corpus.json``, ``tokenizer/``, ``log.jsonl``,
+``tensorboard/``, ``checkpoint-<step>/`` and, at the end, the exported folder. A run on a synthetic task (``data.task``)
+has neither corpus nor tokenizer; it ends with ``results.json``, the task's measurement on held-out rows. Running the
+same command again goes on from the last complete checkpoint, on the same or another number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -28,11 +29,12 @@ from hymba.config import nearest
 from hymba.experiments import checkpoints
 from hymba.experiments.bits import Bits, bits_per_byte
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
-from hymba.experiments.corpus import Corpus, Document, byte_length, load_corpus
-from hymba.experiments.packing import Rows, TokenRows, rows_digest
-from hymba.experiments.settings import SettingsError, TokenizerSettings, TrainSettings, load_settings
+from hymba.experiments.material import Material, gather, held_out_measure
+from hymba.experiments.phases import PLAN_NAME, Phase, check_plan, digest, plan_phases, write_plan
+from hymba.experiments.processes import first_decides, is_first, together, wait, world_size
+from hymba.experiments.resuming import DEALT, FREE, find_resume_point
+from hymba.experiments.settings import SettingsError, TrainSettings, load_settings
 from hymba.experiments.tasks import Task, make_task
-from hymba.experiments.tokenizer import build_tokenizer, encode_documents
 from hymba.experiments.trainer import HymbaTrainer
 from hymba.memory import MemoryBytes, check_fits, training_bytes
 
@@ -40,11 +42,6 @@ RECORD_NAME = "training.json"
 RESULTS_NAME = "results.json"
 DAMAGED = "damaged checkpoint: "
 """Starts the line that is printed for a checkpoint which cannot be resumed from."""
-# Settings that a resumed run may change, because no loss depends on them; those of `export` are free as well.
-_FREE_ON_RESUME = frozenset(
-    "run.output run.threads run.log_every run.save_every run.keep_checkpoints run.evaluate_every run.evaluate_bytes "
-    "run.tensorboard run.resume run.activation_checkpointing run.gradient_checkpointing".split()
-)
 
 
 @dataclass(frozen=True)
@@ -61,25 +58,15 @@ class TrainResult:
     passes: float
     """Over the corpus; 0 for a task, whose rows are all new."""
     rows: str
-    """Hash of the rows and their order (:func:`hymba.experiments.packing.rows_digest`)."""
+    """Hash of the rows and their order (:func:`hymba.experiments.phases.digest`)."""
     results: dict[str, Any] | None = None
     """Of a finished run on a task: what its ``evaluate`` returned."""
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a run trains on: the text of a corpus with its tokenizer, or a synthetic task."""
-
-    rows: Rows
-    described: str
-    passes: float = 0.0
-    corpus: Corpus | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    task: Task | None = None
-
-
 def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     """Run or resume a training described by a YAML file and ``key=value`` overrides.
+
+    Started by torchrun or accelerate, all processes train together; the first one writes.
 
     Returns:
         A :class:`TrainResult`. After Ctrl-C its status is ``interrupted`` and the same command resumes.
@@ -88,60 +75,86 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
         SettingsError, hymba.config.ConfigError: the settings; raised before anything is written.
         CorpusError: the corpus is missing, empty or not text.
         hymba.memory.MemoryEstimateError: a step that will not fit on the GPU.
+        hymba.experiments.ablation.plan.AblationError: another process is at work in the output folder.
         OutputError: the output folder cannot take the run's files; complete checkpoints survive.
     """
     settings = load_settings(config_path, overrides)
     if settings.run.init_from is None:
         HymbaConfig(**settings.model)
     check_generation(settings.export.generation)
-    output = Path(settings.run.output).expanduser()
-    first = int(os.environ.get("RANK", "0")) == 0
+    task = None if settings.data.task is None else make_task(**settings.data.task)
+    phases = plan_phases(settings, world_size(), task)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     torch.manual_seed(settings.run.seed)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    with contextlib.ExitStack() as scope:
+        scope.enter_context(together(cpu=settings.run.device == "cpu" or not torch.cuda.is_available()))
+        return _run(settings, phases, task, scope)
 
-    if first:
+
+def _run(settings: TrainSettings, phases: list[Phase], task: Task | None, scope: contextlib.ExitStack) -> TrainResult:
+    # Ablations know trainings, so an import at the top would go in a circle.
+    from hymba.experiments.ablation.lock import Locks
+
+    output = Path(settings.run.output).expanduser()
+    say: Callable[[str], None] = print if is_first() else _silent
+
+    def begin() -> Path | None:
+        locks = Locks([lock_of(output)], advice=" or choose another run.output")
+        if not output.parent.is_dir():
+            checkpoints.check_output(output, needed=0)
+        for line in scope.enter_context(locks).stale:
+            say(line)
         checkpoints.check_output(output, needed=0)
         checkpoints.clear_leftovers(output)
-    checkpoint = find_resume_point(settings, output)
-    say = print if first else _silent
-    for line in checkpoints.discard_damaged(output) if first else ():
-        say(f"{DAMAGED}{line}; going on from {checkpoint.name if checkpoint else 'the start'}")
-    material = task_material(settings) if settings.data.task is not None else text_material(settings, checkpoint, say)
-    tokenizer, rows = material.tokenizer, material.rows
-    model = build_model(settings, tokenizer, material.task)
+        planned = (output / PLAN_NAME).is_file()
+        found = find_resume_point(settings, output, free=FREE | DEALT if planned else FREE)
+        if found is not None:
+            check_plan(phases, output, world_size())
+        for line in checkpoints.discard_damaged(output):
+            say(f"{DAMAGED}{line}; going on from {found.name if found else 'the start'}")
+        return found
+
+    checkpoint = first_decides(begin)
+    material = gather(settings, phases, task, checkpoint=checkpoint, output=output, say=say)
+    model: HymbaForCausalLM | None = build_model(settings, material.tokenizer, task)
+    assert model is not None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(
-        f"model: {parameters:,} parameters; {settings.run.steps:,} steps, {rows.rows * rows.length:,} tokens, "
-        f"{material.described}"
-    )
-    check_device(settings, model, rows.length)
+    trained_on = sum(phase.steps * phase.tokens_per_step for phase in phases)
+    say(f"model: {parameters:,} parameters; {settings.run.steps:,} steps, {trained_on:,} tokens, {material.described}")
+    for phase in phases:
+        check_phase(phase, model)
+        check_device(phase.settings, model, phase.length)
+    describe(phases, say)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
-    elif first:
-        prepare_output(settings, output, material, parameters)
+    else:
+        first_decides(lambda: prepare_output(settings, phases, output, material, parameters))
 
+    step = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint) or 0
     stop = StopOnSignal()
-    trainer = HymbaTrainer(model, settings, rows, output=output, tokenizer=tokenizer, callbacks=[Progress(), stop])
-    if settings.run.tensorboard:
-        trainer.add_callback(TensorBoard(output / "tensorboard"))
-    if settings.run.evaluate_every:
-        measured_by = held_out_measure(settings, material, trainer.model)
-        if measured_by is not None:
-            name, measure = measured_by
-            trainer.add_callback(HeldOut(settings.run.evaluate_every, measure, trainer.log, name))
     with stop:
-        trainer.resume(checkpoint)
-        trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-    step = trainer.state.global_step
+        for i, phase in enumerate(phases):
+            if step >= phase.end:
+                continue
+            if i:
+                model = build_model(phase.settings, material.tokenizer, task)
+            assert model is not None
+            step = train_phase(phase, model, material, i, output=output, checkpoint=checkpoint, stop=stop)
+            # The next phase has a model and moments of its own.
+            model = None
+            gc.collect()
+            if step < phase.end or stop.agreed():
+                break
+            checkpoint = output / f"checkpoint-{step}"
+    wait()
     saved = checkpoints.complete_checkpoints(output)
     last = saved[-1] if saved else None
     common: dict[str, Any] = {
         "step": step, "output": output, "checkpoint": last, "parameters": parameters, "passes": material.passes,
-        "rows": rows_digest(rows),
+        "rows": digest(material.rows),
     }  # fmt: skip
     if step < settings.run.steps:
         say(f"stopped at step {step}; saved {last}; the same command goes on from there")
@@ -149,9 +162,9 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     exported = output / settings.export.folder
     bits: float | None = None
     results: dict[str, Any] | None = None
-    if first:
+    if is_first():
         assert last is not None
-        measured = export(settings, material, last, exported)
+        measured = export(phases[-1].settings, settings, material, last, exported)
         shown = ""
         if isinstance(measured, Bits):
             bits = measured.per_byte
@@ -166,66 +179,54 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     return TrainResult("finished", exported=exported, bits_per_byte=bits, results=results, **common)
 
 
-def task_material(settings: TrainSettings) -> Material:
-    """Rows of the task that ``data.task`` names, all of them new."""
-    assert settings.data.task is not None
-    task = make_task(**settings.data.task)
-    return Material(task.rows(settings.run.seed, row_count(settings)), f"all of task {task.name}", task=task)
+def lock_of(output: Path) -> Path:
+    """The lock of a run: beside its folder, so that a refused run leaves nothing in it."""
+    return output.with_name(f"{output.name}.lock")
 
 
-def text_material(settings: TrainSettings, checkpoint: Path | None, say: Callable[[str], None]) -> Material:
-    """The corpus with its tokenizer, the one in the output folder when a run goes on.
-
-    Raises:
-        CorpusError: the corpus is missing, empty or not text.
-        SettingsError: it is not what ``checkpoint``'s run was started with.
-    """
-    corpus = load_corpus(settings.data)
-    sizes = [sum(byte_length(d.text) for d in side) for side in (corpus.train, corpus.held_out)]
-    say(
-        f"corpus: {corpus.description}: {len(corpus.train)} documents, {sizes[0]:,} bytes to train on; "
-        f"{len(corpus.held_out)} documents, {sizes[1]:,} bytes held out"
+def train_phase(
+    phase: Phase,
+    model: HymbaForCausalLM,
+    material: Material,
+    number: int,
+    *,
+    output: Path,
+    checkpoint: Path | None,
+    stop: StopOnSignal,
+) -> int:
+    """Train to the end of a phase, or until a signal; returns the step that was reached, which is saved."""
+    run = phase.settings.run
+    trainer = HymbaTrainer(
+        model,
+        phase,
+        material.rows[number],
+        output=output,
+        tokenizer=material.tokenizer,
+        callbacks=[Progress(run.steps), stop],
     )
-    tokens = settings.tokenizer
-    if checkpoint is not None:
-        check_corpus(corpus, checkpoint.parent)
-        tokens = TokenizerSettings(path=str(checkpoint.parent / "tokenizer"))
-    tokenizer = build_tokenizer(tokens, (d.text for d in corpus.train))
-    rows = TokenRows(
-        encode_documents(tokenizer, [document.text for document in corpus.train]),
-        length=settings.data.sequence_length,
-        rows=row_count(settings),
-        seed=settings.run.seed,
-        layout=settings.data.layout,
-    )
-    described = f"{rows.passes:.2f} passes over the corpus; tokenizer: {len(tokenizer):,} tokens"
-    return Material(rows, described, rows.passes, corpus=corpus, tokenizer=tokenizer)
+    if run.tensorboard:
+        trainer.add_callback(TensorBoard(output / "tensorboard"))
+    if run.evaluate_every:
+        measured_by = held_out_measure(phase.settings, material, trainer.model)
+        if measured_by is not None:
+            name, measure = measured_by
+            trainer.add_callback(HeldOut(run.evaluate_every, measure, trainer.log, name, run.steps))
+    trainer.resume(checkpoint)
+    step: int = trainer.state.global_step
+    trainer.accelerator.free_memory()
+    return step
 
 
-def row_count(settings: TrainSettings) -> int:
-    """Rows of the whole run, over all devices."""
-    return settings.run.steps * settings.run.batch_size * settings.run.gradient_accumulation * _world_size()
-
-
-def held_out_measure(
-    settings: TrainSettings, material: Material, model: HymbaForCausalLM
-) -> tuple[str, Callable[[], float]] | None:
-    """Name and measurement of the figure that a run follows while it trains; None without held-out text."""
-    task, tokenizer = material.task, material.tokenizer
-    if task is not None:
-
-        def accuracy() -> float:
-            found = task.evaluate(model)["accuracy"]
-            assert isinstance(found, float)
-            return found
-
-        return "accuracy", accuracy
-    assert material.corpus is not None and tokenizer is not None
-    if not material.corpus.held_out:
-        return None
-    sample = sample_documents(material.corpus.held_out, settings.run.evaluate_bytes)
-    context = settings.data.sequence_length
-    return "bits_per_byte", lambda: bits_per_byte(model, tokenizer, sample, context=context).per_byte
+def describe(phases: list[Phase], say: Callable[[str], None]) -> None:
+    """A line on how a step is dealt out, where that is not plain, and one for each phase of several."""
+    world = world_size()
+    for phase in phases if len(phases) > 1 or world > 1 else ():
+        run = phase.settings.run
+        mix = ", ".join(f"{name} {weight:g}" for name, weight in phase.weights.items() if weight)
+        name = f"phase {phase.name}: steps {phase.start + 1} to {phase.end}; " if len(phases) > 1 else ""
+        shared = f"{world} processes ({run.distributed}) x " if world > 1 else ""
+        made_of = f"{shared}{run.batch_size} rows x {phase.length:,} tokens x {phase.accumulation} passes"
+        say(f"{name}{phase.tokens_per_step:,} tokens per step = {made_of}{f'; {mix}' if mix else ''}")
 
 
 def build_model(
@@ -260,6 +261,31 @@ def build_model(
     return model.float()
 
 
+def check_phase(phase: Phase, model: HymbaForCausalLM) -> None:
+    """Refuse model fields of a phase that make other tensors than the run's.
+
+    Raises:
+        SettingsError: names the first tensor that differs.
+        hymba.config.ConfigError: an unknown or impossible field.
+    """
+    if phase.start == 0:
+        return
+    with torch.device("meta"):
+        fields = {"vocab_size": model.config.vocab_size, **phase.settings.model}
+        init_from = phase.settings.run.init_from
+        config = HymbaConfig(**fields) if init_from is None else HymbaConfig.from_pretrained(init_from, **fields)
+        own = {name: tensor.shape for name, tensor in HymbaForCausalLM(config).state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if own.pop(name, None) != tensor.shape:
+            own = {name: tensor.shape}
+            break
+    if own:
+        raise SettingsError(
+            f"phase {phase.name!r}: its model has other tensors than the run's, such as {next(iter(own))}; allowed in "
+            "a phase: fields that change no tensor, such as max_position_embeddings and rope_type"
+        )
+
+
 def check_device(settings: TrainSettings, model: HymbaForCausalLM, length: int | None = None) -> None:
     """Refuse a run that its GPU cannot do, before anything is written or allocated there.
 
@@ -289,6 +315,7 @@ def check_device(settings: TrainSettings, model: HymbaForCausalLM, length: int |
             compute_dtype=run.precision,
             checkpointing=run.checkpointing,
             fused_loss=True,
+            shards=world_size() if run.distributed == "fsdp2" else 1,
         )
 
     length = length or settings.data.sequence_length
@@ -312,83 +339,16 @@ def check_generation(fields: dict[str, Any]) -> None:
         raise SettingsError(f"export.generation = {fields!r}: {error}") from error
 
 
-class Resumable(Protocol):
-    """Settings of any run that can be resumed."""
-
-    @property
-    def run(self) -> Any:
-        """With ``output`` and ``resume``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The sections, as they are written to ``settings.yaml``."""
-
-
-def find_resume_point(settings: Resumable, output: Path, *, free: frozenset[str] = _FREE_ON_RESUME) -> Path | None:
-    """The last checkpoint under ``output`` that is whole, if the run there was started with the same settings.
-
-    ``free``: dotted settings that may differ, besides those of ``export``.
-
-    Raises:
-        SettingsError: the folder holds another run, or ``run.resume`` forbids going on; names what differs.
-    """
-    found = checkpoints.complete_checkpoints(output)
-    if not found:
-        return None
-    if settings.run.resume == "never":
-        raise SettingsError(
-            f"run.resume = 'never': {output} already has {found[-1].name}; choose another run.output or delete it"
-        )
-    try:
-        before = yaml.safe_load((output / "settings.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{output}: has checkpoints but no readable settings.yaml: {error}") from error
-    different = changed_settings(before, settings.to_dict(), free=free)
-    if different:
-        raise SettingsError(
-            f"run.output = {settings.run.output!r}: holds a run with other settings: {'; '.join(different)}; "
-            "use the same settings to resume, or choose another run.output"
-        )
-    # Every process reads them, so that all decide the same while the first deletes what is damaged.
-    return next((path for path in reversed(found) if checkpoints.damage(path) is None), None)
-
-
-def changed_settings(
-    before: dict[str, Any], now: dict[str, Any], *, free: frozenset[str] = _FREE_ON_RESUME
-) -> list[str]:
-    """``section.key: old -> new`` for every setting that a resumed run must not change."""
-    changes = []
-    for section, values in now.items():
-        old = before.get(section) or {}
-        for key in sorted(set(old) | set(values)):
-            name = f"{section}.{key}"
-            if section != "export" and name not in free and old.get(key) != values.get(key):
-                changes.append(f"{name}: {old.get(key)!r} -> {values.get(key)!r}")
-    return changes
-
-
-def check_corpus(corpus: Corpus, output: Path) -> None:
-    """Refuse to resume on other text than the run was started with.
-
-    Raises:
-        SettingsError: names both hashes and Python versions.
-    """
-    path = output / "corpus.json"
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before["sha256"] != corpus.digest():
-        raise SettingsError(
-            f"{path}: the corpus has changed since this run was started (sha256 {before['sha256'][:12]} with Python "
-            f"{before['python']}, now {corpus.digest()[:12]} with {platform.python_version()}); "
-            "choose another run.output"
-        )
-
-
-def prepare_output(settings: TrainSettings, output: Path, material: Material, parameters: int) -> None:
+def prepare_output(
+    settings: TrainSettings, phases: list[Phase], output: Path, material: Material, parameters: int
+) -> None:
     """Check the space that the run will need, and write down what it is made from."""
     # Weights and two optimizer moments in fp32, for the checkpoints kept and the one being written; the export.
     needed = parameters * 12 * (settings.run.keep_checkpoints + 1) + parameters * 4 + (8 << 20)
     checkpoints.check_output(output, needed)
     with checkpoints.write_failures(output):
         checkpoints.write_text(output / "settings.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        write_plan(phases, output)
         if material.corpus is not None:
             checkpoints.write_text(output / "corpus.json", json.dumps(material.corpus.record(), indent=1) + "\n")
         if material.tokenizer is not None:
@@ -396,25 +356,12 @@ def prepare_output(settings: TrainSettings, output: Path, material: Material, pa
                 material.tokenizer.save_pretrained(str(folder))
 
 
-def sample_documents(documents: Iterable[Document], limit: int) -> list[Document]:
-    """Documents in order until ``limit`` bytes are full; the last one may be cut at a line's end."""
-    taken: list[Document] = []
-    room = limit
-    for document in documents:
-        size = byte_length(document.text)
-        if size > room:
-            cut = document.text.encode("utf-8")[:room].decode("utf-8", "ignore")
-            cut = cut[: cut.rfind("\n") + 1] or cut
-            if cut:
-                taken.append(Document(document.name, cut))
-            break
-        taken.append(document)
-        room -= size
-    return taken
-
-
-def export(settings: TrainSettings, material: Material, checkpoint: Path, folder: Path) -> Bits | dict[str, Any] | None:
+def export(
+    last: TrainSettings, settings: TrainSettings, material: Material, checkpoint: Path, folder: Path
+) -> Bits | dict[str, Any] | None:
     """Write the checkpoint's weights in ``export.dtype`` with tokenizer and record; measure what was written.
+
+    ``last``: the settings of the last phase, whose context is measured.
 
     The measurement runs the exported (rounded) weights in fp32 over every held-out document, or is what the task's
     ``evaluate`` returns.
@@ -436,7 +383,7 @@ def export(settings: TrainSettings, material: Material, checkpoint: Path, folder
                 measured = held_out = task.evaluate(model.to("cuda" if on_gpu else "cpu"))
             else:
                 assert corpus is not None and tokenizer is not None
-                context = settings.data.sequence_length
+                context = last.data.sequence_length
                 measured = bits_per_byte(model, tokenizer, corpus.held_out, context=context)
                 held_out = {**asdict(measured), "bits_per_byte": measured.per_byte}
         record = {
@@ -447,10 +394,6 @@ def export(settings: TrainSettings, material: Material, checkpoint: Path, folder
         }
         (staging / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return measured
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _silent(*_: object) -> None:

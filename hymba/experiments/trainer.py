@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,29 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from hymba.experiments import checkpoints
+from hymba.experiments import checkpoints, sharding
 from hymba.experiments.callbacks import Meter
 from hymba.experiments.optimization import build_optimizer, build_scheduler
 from hymba.experiments.packing import Rows, collate
-from hymba.experiments.settings import TrainSettings
+from hymba.experiments.phases import Phase
 from hymba.model import HymbaForCausalLM
 
 LOG_NAME = "log.jsonl"
-_PENDING = "pending_losses_{process}.json"
+_PENDING = "pending_losses.json"
 
 
-def training_arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
+def training_arguments(phase: Phase, output: Path) -> TrainingArguments:
     """The part of the settings that transformers' Trainer reads. It reports to nobody and rotates nothing itself."""
-    run = settings.run
+    settings, run = phase.settings, phase.settings.run
+    # accelerate launch leaves an answer of its own here, and the settings are the only ones asked.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if run.precision == "bfloat16" else "no"
     return TrainingArguments(
         output_dir=str(output),
-        max_steps=run.steps,
+        max_steps=phase.end,
         per_device_train_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.gradient_accumulation,
+        gradient_accumulation_steps=phase.accumulation,
         learning_rate=settings.optimizer.learning_rate,
         max_grad_norm=settings.optimizer.clip_norm,
         bf16=run.precision == "bfloat16",
@@ -62,7 +65,8 @@ class RecordedTrainer(Trainer):
 
     A checkpoint is a folder in the released layout (fp32) with the states of optimizer, schedule and random
     generators. It appears under its name only when all of it is on the disk. ``log.jsonl`` in the output folder holds
-    one JSON object per log entry; the mean losses in it do not depend on where a run was interrupted.
+    one JSON object per log entry; the mean losses in it do not depend on where a run was interrupted. Nothing in a
+    checkpoint depends on the number of processes or on how they share the work.
     """
 
     # Trainer's own attributes, whose types are out of a type checker's sight.
@@ -70,11 +74,14 @@ class RecordedTrainer(Trainer):
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
     control: TrainerControl
     _timed_from = 0
+    _sharded: sharding.Sharded | None = None
 
     def _record(self, settings: Any, output: Path) -> None:
         """Called before ``Trainer`` is initialised. settings: with ``optimizer``, ``schedule`` and ``run`` sections."""
         self.settings, self.output, self.meter = settings, output, Meter()
+        # The loss of each step since the last log entry; the last one grows while its step is not done.
         self._pending: list[Tensor] = []
+        self._open = False
 
     def resume(self, checkpoint: Path | None) -> None:
         """Train from a complete checkpoint, or from the start."""
@@ -103,8 +110,20 @@ class RecordedTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # Kept as tensors: reading them here would make an accelerator wait at every step.
-        self._pending.append(loss.detach().float())
+        part = loss.detach().float()
+        if self._open:
+            self._pending[-1] = self._pending[-1] + part
+        else:
+            self._pending.append(part)
+        self._open = not self.accelerator.sync_gradients
         return loss
+
+    def _step_losses(self) -> Tensor:
+        """(steps,) float32 on the CPU: the loss of each step since the last log entry, the mean over all processes."""
+        losses = torch.stack([loss.to(self.args.device) for loss in self._pending])
+        if self.args.world_size > 1:
+            losses = self.accelerator.gather(losses[None]).mean(dim=0)
+        return losses.cpu()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record an entry: the exact mean loss since the last one, tokens/s, and whatever else ``logs`` holds."""
@@ -112,12 +131,11 @@ class RecordedTrainer(Trainer):
             # Trainer's closing summary: it repeats the entries and counts only this process' steps.
             return
         if "loss" in logs:
-            losses, self._pending = self._pending, []
-            total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-            if self.args.world_size > 1:
-                total = self.accelerator.gather(total).mean()
-            steps = len(losses) / self.args.gradient_accumulation_steps
-            logs["loss"] = float(total) / steps
+            # Reading them waits for what an accelerator has still to do of these steps.
+            with self.meter:
+                losses = self._step_losses()
+            self._pending = []
+            logs["loss"] = float(losses.sum()) / len(losses)
             seconds = self.meter.take()
             tokens = self.tokens_since(self._timed_from)
             if seconds > 0 and tokens is not None:
@@ -142,7 +160,7 @@ class RecordedTrainer(Trainer):
         """Losses of steps after the last log entry before the checkpoint: they belong to the next entry's mean."""
         step = checkpoints.checkpoint_step(checkpoint)
         self._timed_from = 0 if step is None else step
-        path = checkpoint / _PENDING.format(process=self.args.process_index)
+        path = checkpoint / _PENDING
         if path.is_file():
             self._pending = [torch.tensor(loss) for loss in json.loads(path.read_text(encoding="utf-8"))]
 
@@ -154,18 +172,37 @@ class RecordedTrainer(Trainer):
         target = self.output / f"checkpoint-{self.state.global_step}"
         if checkpoints.is_complete(target):
             return
+        weights = None if self._sharded is None else sharding.model_state(self.model, keep=main)
+        optimizer = sharding.optimizer_state(self.model, self._own_optimizer, keep=main)
+        losses = self._step_losses().tolist() if self._pending else []
         with checkpoints.written_folder(target, main=main, wait=self.accelerator.wait_for_everyone) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            losses = json.dumps([float(loss) for loss in self._pending])
-            (folder / _PENDING.format(process=self.args.process_index)).write_text(losses, encoding="utf-8")
             if main:
+                self._save(str(folder), state_dict=weights)
+                torch.save(optimizer, folder / OPTIMIZER_NAME)
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+                (folder / _PENDING).write_text(json.dumps(losses), encoding="utf-8")
                 self.state.stateful_callbacks["TrainerControl"] = self.control.state()
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self._save_rng_state(str(folder))
         if main:
             checkpoints.rotate(self.output, self.settings.run.keep_checkpoints)
+
+    @property
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        assert self.optimizer is not None
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        # Mapped: each process reads its share, and the machine holds the file once.
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        sharding.load_optimizer_state(self.model, self._own_optimizer, saved)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights and configuration in the released layout, the tokenizer if there is one; no pickled arguments."""
@@ -177,26 +214,29 @@ class RecordedTrainer(Trainer):
 
 
 class HymbaTrainer(RecordedTrainer):
-    """Trains on :class:`Rows`, whose order is the order of training."""
+    """Trains on the :class:`Rows` of a phase, whose order is the order of training."""
 
     def __init__(
         self,
         model: HymbaForCausalLM,
-        settings: TrainSettings,
+        phase: Phase,
         rows: Rows,
         *,
         output: Path,
         tokenizer: PreTrainedTokenizerBase | None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        settings, self.phase = phase.settings, phase
         self._record(settings, output)
-        self._row_length = rows.length
-        model.set_activation_checkpointing(settings.run.checkpointing)
+        # A compiler decides by itself what backward makes again, short of whole layers.
+        chosen = settings.run.checkpointing
+        model.set_activation_checkpointing("none" if settings.run.compile and chosen == "selective" else chosen)
+        model.freeze_unused_parameters()
         # The logits of a batch are most of a step's peak, and nothing here reads them.
         model.use_fused_loss(settings.run.device != "cpu" and torch.cuda.is_available())
         super().__init__(
             model=model,
-            args=training_arguments(settings, output),
+            args=training_arguments(phase, output),
             train_dataset=rows,
             data_collator=collate,
             processing_class=tokenizer,
@@ -205,28 +245,52 @@ class HymbaTrainer(RecordedTrainer):
         # Progress and reports are callbacks of ours; transformers' printer would show every entry twice.
         self.remove_callback(PrinterCallback)
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            # Before the optimizer is made of the parameters, which sharding replaces.
+            self._distribute()
+        return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        # Over the whole run, of which the phase that Trainer knows is a part.
+        return super().create_scheduler(self.settings.run.steps, optimizer)
+
+    def _distribute(self) -> None:
+        run = self.settings.run
+        if run.compile:
+            for layer in self.model.model.layers:
+                # What stands around a layer (hooks of sharding, checkpointing) stays as it is.
+                layer.forward = torch.compile(layer.forward)
+        if run.distributed == "fsdp2" and self.args.world_size > 1:
+            autocast = torch.bfloat16 if run.precision == "bfloat16" else None
+            device = torch.device(self.args.device.type)
+            self._sharded = sharding.shard(self.model, device, autocast=autocast, reshard=run.reshard)
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, dataloader: Any = None) -> torch.nn.Module:
+        """Another object than the model is taken for wrapped already, and not given to DDP."""
+        return self._sharded or super()._wrap_model(model, training, dataloader)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        if self._sharded is None:
+            return super()._clip_grad_norm(model)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        full = getattr(norm, "full_tensor", None)
+        return norm if full is None else full()
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(rows, Rows)
         return SequentialSampler(rows)
 
     def tokens_since(self, step: int) -> int:
-        return (self.state.global_step - step) * self.tokens_per_step
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step, over all devices."""
-        run = self.settings.run
-        return run.batch_size * run.gradient_accumulation * self.args.world_size * self._row_length
+        return (self.state.global_step - step) * self.phase.tokens_per_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Read weights back through the released names; Trainer would take the file's names for the model's."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # pragma: gpu
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        target = self.model if model is None else model
         saved = HymbaForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        target.load_state_dict(saved.state_dict())
+        (self.model if model is None else model).load_state_dict(saved.state_dict())
 
 
 def truncate_log(path: Path, step: int | None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hymba.nn.attention import SharedKV
 from hymba.nn.init import initialise
-from hymba.nn.state import LayerState, Span
+from hymba.nn.state import LayerState, Span, map_tensors
 
 
 class MetaTokens(nn.Module):
@@ -37,6 +38,30 @@ class MetaTokens(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class _Together(torch.autograd.Function):
+    """The tensors as they are; their gradients go back at once, when all are there, zeros for those without one."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def _tied(x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    """Hidden states and state of a layer, such that backward reaches the layer through the hidden states first.
+
+    Hooks on a layer's output (sharded parameters are gathered in one) see the hidden states. Those of the last layer
+    have no gradient here, and the state alone would bring backward to parameters that nobody has gathered.
+    """
+    found: list[Tensor] = [x]
+    map_tensors(state, lambda _, tensor: found.append(tensor))
+    moved = iter(_Together.apply(*found))
+    return next(moved), map_tensors(state, lambda _, tensor: next(moved))
 
 
 class PrefixRun:
@@ -76,7 +101,10 @@ class PrefixRun:
             if i in self.lends:
                 assert kv is not None
                 self.shared[i] = kv
-            self.states.append(state.as_prefix())
+            state = state.as_prefix()
+            if torch.is_grad_enabled() and self.layers[i]._forward_hooks:
+                x, state = _tied(x, state)
+            self.states.append(state)
             self.hidden.append(x)
         return self.states[index]
 

@@ -15,7 +15,10 @@ from hymba import HymbaConfig, HymbaForCausalLM
 from hymba.cost import cache_bytes, parameters
 from hymba.experiments.ablation.plan import Plan, make_plan, vocabulary
 from hymba.experiments.ablation.settings import load_ablation
+from hymba.experiments.phases import plan_phases
 from hymba.experiments.settings import load_settings
+from hymba.experiments.tasks import make_task
+from hymba.experiments.train import check_phase
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
@@ -70,9 +73,15 @@ def test_every_variant_builds_and_learns_a_step(path: Path) -> None:
 def test_every_training_builds_and_learns_a_step(path: Path) -> None:
     settings = load_settings(path)
     fields = dict(settings.model)
-    fields.setdefault("vocab_size", vocabulary(settings))
+    if "vocab_size" not in fields:
+        # The tokenizer of the others may be on the hub.
+        fields["vocab_size"] = vocabulary(settings)
     with torch.device("meta"):
         model = HymbaForCausalLM(HymbaConfig(**fields))
+    task = None if settings.data.task is None else make_task(**settings.data.task)
+    for world in (1, 2):
+        for phase in plan_phases(settings, world, task):
+            check_phase(phase, model)
     assert sum(p.numel() for p in model.parameters()) == parameters(HymbaConfig(**fields)).total
     step(fields)
 

@@ -24,8 +24,10 @@ from hymba.experiments import train as train_module
 from hymba.experiments.ablation.lock import Locks
 from hymba.experiments.checkpoints import OutputError, complete_checkpoints
 from hymba.experiments.corpus import CorpusError
+from hymba.experiments.material import sample_documents
+from hymba.experiments.resuming import changed_settings
 from hymba.experiments.settings import SettingsError
-from hymba.experiments.train import changed_settings, main, sample_documents
+from hymba.experiments.train import main
 from hymba.experiments.trainer import HymbaTrainer, truncate_log
 
 STEPS = 8

@@ -16,10 +16,11 @@ from hymba.config import nearest
 from hymba.experiments import checkpoints
 from hymba.experiments.ablation.settings import AblationError, AblationSettings, TaskEntry
 from hymba.experiments.checkpoints import read_json
+from hymba.experiments.resuming import changed_settings
 from hymba.experiments.settings import SettingsError, TrainSettings
 from hymba.experiments.tasks import make_task
 from hymba.experiments.tokenizer import build_tokenizer
-from hymba.experiments.train import changed_settings, check_generation
+from hymba.experiments.train import check_generation
 
 UNIT, CONFIG, RESULT, FAILURE, LOG, TRAIN = (
     "unit.json",

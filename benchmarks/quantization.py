@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from hymba.quantization import KINDS, quantization_config
 from hymba.quantization import report as weights
 
-DEFAULT = Path(__file__).resolve().parents[1] / "hymba" / "assets" / "default"
+DEFAULT = Path(str(files("hymba"))) / "assets" / "default"
 VARIANTS = ("float32", "bfloat16", *KINDS)
 PARTS = {
     "in_proj": r"in_proj$",

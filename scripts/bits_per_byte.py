@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from hymba.experiments.settings import DataSettings, settings_from
 from hymba.experiments.tokenizer import encode_documents
 from hymba.experiments.train import RECORD_NAME
 
-DEFAULT = Path(__file__).resolve().parents[1] / "hymba" / "assets" / "default"
+DEFAULT = Path(str(files("hymba"))) / "assets" / "default"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

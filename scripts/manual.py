@@ -48,6 +48,10 @@ REFERENCE: tuple[str, ...] = (
     "hymba.eval.harness",
     "hymba.analysis",
     "hymba.analysis.architecture",
+    "hymba.finetuning",
+    "hymba.finetuning.settings",
+    "hymba.finetuning.templates",
+    "hymba.finetuning.merge",
     "hymba.serving.app",
 )
 

@@ -48,8 +48,16 @@ class HymbaLM(HFLM):
 
     _max_length: int | None
 
-    def __init__(self, pretrained: Any = None, batch_size: int | str | None = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: Any = None,
+        batch_size: int | str | None = 1,
+        quantization: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs.setdefault("backend", "causal")
+        if quantization is not None:
+            kwargs["quantization"] = quantization  # handed on to _create_model
         if pretrained is None:
             pretrained = str(DEFAULT_MODEL)
         super().__init__(pretrained, batch_size=batch_size, **kwargs)

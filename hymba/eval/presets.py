@@ -50,6 +50,7 @@ class Figure:
     percent: bool = True
 
     def is_of(self, task: str, metric: str, filter_name: str) -> bool:
+        """Whether this is the paper's figure for a harness's result: its task (or group), metric and filter."""
         return task in (self.task, self.also) and metric == self.metric and filter_name in (self.filter, "none")
 
 

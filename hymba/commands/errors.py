@@ -45,6 +45,8 @@ def message(error: BaseException, arguments: Sequence[str] = ()) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
+    if isinstance(error, ImportError) and "pip install" in text:
+        return text  # a missing extra, with what to do
     return f"{type(error).__name__}: {text} (run again with {DEBUG} to see where)"
 
 

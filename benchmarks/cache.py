@@ -3,10 +3,11 @@
     python -m benchmarks.cache                      # 8k, batch 1 and 8
     python -m benchmarks.cache --device cpu
 
-Measured twice: the bytes of all tensors that a cache holds after a prefill, and on a GPU what the allocator gave out
-for them. Convolution inputs and the float32 SSM state are counted. The peer's cache is a real static cache of
-transformers of the published shape, with room for the same number of tokens. The check is the point of this
-benchmark: measured over computed must be within 2%.
+Measured twice: the bytes of all tensors that a cache holds after a prefill, and on a GPU the bytes asked of the
+allocator that are still there (a view would keep more than it shows; anything forgotten elsewhere would be seen). What
+the allocator adds by rounding, up to 1 MiB to a tensor, is printed beside them. Convolution inputs and the float32 SSM
+state are counted. The peer's cache is a real static cache of transformers of the published shape, with room for the
+same number of tokens. The check is the point of this benchmark: measured over computed must be within 2%.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ WITHIN = 0.02
 """Largest relative difference of measured bytes from computed ones."""
 
 
-def allocated(device: str) -> int:
-    """Bytes that tensors take up on the device; 0 on a CPU."""
+def in_use(device: str) -> tuple[int, int]:
+    """Bytes asked of the device's allocator and bytes that it gave out for them; zeros on a CPU."""
     gc.collect()
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
+    if device != "cuda":
+        return 0, 0
+    statistics = torch.cuda.memory_stats()
+    return statistics["requested_bytes.all.current"], statistics["allocated_bytes.all.current"]
 
 
-def held_by(make: Callable[[], Any], device: str) -> tuple[Any, int]:
-    """What `make` returns, and the bytes that the allocator gave out for it."""
-    before = allocated(device)
+def held_by(make: Callable[[], Any], device: str) -> tuple[Any, int, int]:
+    """What `make` returns, the bytes asked for it that are still in use, and what the allocator gave out for them."""
+    before = in_use(device)
     made = make()
-    return made, allocated(device) - before
+    after = in_use(device)
+    return made, after[0] - before[0], after[1] - before[1]
 
 
 def peer_cache(batch: int, length: int, device: str, dtype: torch.dtype, *, toy: bool) -> Any:
@@ -69,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for length in args.length:
         for batch in args.batch:
-            peer, peer_allocated = held_by(lambda b=batch, n=length: peer_cache(b, n, device, dtype, toy=toy), device)
+            peer, _, peer_allocated = held_by(
+                lambda b=batch, n=length: peer_cache(b, n, device, dtype, toy=toy), device
+            )
             peer_bytes = peer_cache_bytes(peer)
             del peer
             for static in (False, True):
@@ -84,23 +91,25 @@ def main(arguments: list[str] | None = None) -> int:
 
                 # The first fill also allocates what kernels and libraries keep for themselves.
                 fill()
-                cache, given = held_by(fill, device)
+                cache, asked, given = held_by(fill, device)
                 computed = cost.cache_bytes(config, length, batch=batch, dtype=name, static=static).total
                 measured = cache.nbytes()
                 row = {"batch": batch, "length": length, "static": static, "computed_bytes": computed}
                 row |= {
                     "measured_bytes": measured,
+                    "requested_bytes": asked,
                     "allocated_bytes": given,
                     "measured_over_computed": measured / computed,
                 }
                 row |= {"llama_3b_bytes": peer_bytes, "llama_3b_allocated": peer_allocated}
                 row["llama_3b_over_this"] = peer_bytes / measured
                 rows.append(row)
-                worst = max(abs(b / computed - 1) for b in (measured, given or measured))
+                worst = max(abs(b / computed - 1) for b in (measured, asked or measured))
                 failed |= worst > WITHIN
                 print(
                     f"{batch:3d} x {length:6d} {'static' if static else 'dynamic':7}: "
-                    f"{measured / 2**20:9.2f} MiB in tensors, {given / 2**20:9.2f} MiB allocated, "
+                    f"{measured / 2**20:9.2f} MiB in tensors, {asked / 2**20:9.2f} MiB asked for "
+                    f"({given / 2**20:.2f} with rounding), "
                     f"computed {computed / 2**20:9.2f} MiB ({'WRONG, ' if worst > WITHIN else ''}off by {worst:.2%}); "
                     f"Llama-3.2-3B {peer_bytes / 2**20:9.2f} MiB, {row['llama_3b_over_this']:.2f}x",
                     flush=True,

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import copy_bandwidth, report, spread, times
-from hymba.ops import available, causal_conv1d, selective_scan, ssd_scan
+from hymba.ops import BackendError, available, causal_conv1d, selective_scan, ssd_scan
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """||got - want|| / ||want|| of outputs and gradients against float64."""
@@ -81,7 +81,10 @@ def worst_error(op: Callable[..., Any], inputs: dict[str, Tensor], backend: str,
 
 
 def check(op: Callable[..., Any], make: Callable[[int, int], dict[str, Tensor]], backend: str) -> float:
-    """The worst error over plain and over padded and packed rows; 300 steps cross a segment and end inside a chunk."""
+    """The worst error over plain and over padded and packed rows; 300 steps cross a segment and end inside a chunk.
+
+    A package that has no documents within a row is checked on plain rows alone.
+    """
     worst = 0.0
     for lengths, packed in ((False, False), (True, True)):
         inputs = make(2, 300)
@@ -91,7 +94,12 @@ def check(op: Callable[..., Any], make: Callable[[int, int], dict[str, Tensor]],
             options["lengths"] = torch.tensor([300, 157], device=device)
         if packed:
             options["seq_idx"] = (torch.arange(300, device=device) // 41).int().expand(2, 300).contiguous()
-        error = worst_error(op, inputs, backend, **options)
+        try:
+            error = worst_error(op, inputs, backend, **options)
+        except BackendError:
+            if not packed:
+                raise
+            continue
         worst = error if error != error else max(worst, error)
     return worst
 

@@ -3,6 +3,7 @@
     python -m benchmarks.train                                  # 2 x 8k and 8 x 2k, both ways
     python -m benchmarks.train --shape 2x8192 --way backward --compile
     python -m benchmarks.train --shape 2x8192 --policy none selective full
+    python -m benchmarks.train --shape 2x8192 --way backward --graph   # captured once and replayed: no Python in it
     python -m benchmarks.train --device cpu --shape 2x64
 
 `backward`: bfloat16 parameters, forward with loss and backward, no optimizer. `step`: float32 parameters, bfloat16
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import measure, peak_bytes, report, spread
+from benchmarks.common import graph_times, measure, peak_bytes, report, spread
 from benchmarks.models import add_model_arguments, build, check_against_plain, hymba_config, needs_device, random_ids
 from benchmarks.roofline import measured_ceilings, train
 from hymba.memory import POLICIES, training_bytes
@@ -69,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument(
+        "--graph", action="store_true", help="forward and backward captured as one CUDA graph and replayed"
+    )
+    parser.add_argument(
         "--loss", choices=("fused", "logits"), default="fused", help="without the logits of all tokens, or with them"
     )
     parser.add_argument(
@@ -77,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args(arguments)
     needs_device(args.device)
+    if args.graph and (args.device != "cuda" or args.way != ["backward"]):
+        parser.error("--graph: needs a GPU and --way backward (the step's optimizer is not captured)")
     try:
         shapes = [(int(rows), int(length)) for rows, length in (shape.split("x") for shape in args.shape)]
     except ValueError:
@@ -98,11 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
             ids = random_ids(batch, length, config.vocab_size, device)
             run = step_function(called, ids, way, device)
             row: dict[str, Any] = {"way": way, "batch": batch, "length": length, "loss": args.loss}
-            row |= {"policy": policy, "compile": args.compile}
+            row |= {"policy": policy, "compile": args.compile, "graph": args.graph}
             try:
                 run()
                 with peak_bytes(device) as peak:
-                    seconds = spread(measure(run, device, warmup=2, repeats=args.repeats))
+                    timed = graph_times(run, repeats=args.repeats) if args.graph else None
+                    seconds = spread(timed or measure(run, device, warmup=2, repeats=args.repeats))
             except torch.OutOfMemoryError:
                 rows.append(row | {"out_of_memory": True})
                 print(f"{way:8} {policy:9} {batch} x {length}: out of memory", flush=True)

@@ -134,11 +134,14 @@ def training_bytes(
         at_loss, behind = tokens * vocabulary * (width + 12), vocabulary * d * wide
     size = tokens * width
     gradients = count * wide * (len(config.layers) - 1) // len(config.layers)
+    # Autocast copies the weights; where layers are run again, layer by layer once the first copies are gone.
+    copies = count * width if width != wide else 0
+    later = copies // len(config.layers) if checkpointing == "full" else copies
     # Gradients come as activations go: the peak is at the loss, where backward starts, or in the layer where it ends.
     moments = (
-        MemoryBytes(activations=size * kept, logits=at_loss),
-        MemoryBytes(activations=size * (kept + again + work), logits=behind),
-        MemoryBytes(activations=size * (whole + work), gradients=gradients),
+        MemoryBytes(weights=copies, activations=size * kept, logits=at_loss),
+        MemoryBytes(weights=later, activations=size * (kept + again + work), logits=behind),
+        MemoryBytes(weights=later, activations=size * (whole + work), gradients=gradients),
     )
     peak = max(moments, key=lambda moment: moment.total)
     # The embedding stays gathered for the step; of the layers the one at work and the next one, and a gradient.
@@ -146,7 +149,7 @@ def training_bytes(
     gathered = 0 if shards == 1 else wide * (outside + 2 * (count - outside) // len(config.layers))
     return replace(
         peak,
-        weights=count * wide // shards + gathered + count * (width if width != wide else 0),
+        weights=peak.weights + count * wide // shards + gathered,
         gradients=peak.gradients // shards + (gathered if peak.gradients else 0),
         optimizer=2 * count * wide // shards if optimizer else 0,
     )

@@ -193,7 +193,8 @@ def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
     command = "--device cpu --peers llama-3.2-1b falcon-h1-1.5b --work decode prefill --repeats 1"
     assert benchmark("peers").main(command.split()) == 0
     rows = result(capsys)["rows"]
-    assert [row["model"] for row in rows] == 3 * ["hymba"] + 3 * ["llama-3.2-1b"] + 3 * ["falcon-h1-1.5b"]
+    assert [row["model"] for row in rows] == 3 * ["hymba"] + 4 * ["llama-3.2-1b"] + 4 * ["falcon-h1-1.5b"]
+    assert [row["batch"] for row in rows if row["model"] == "llama-3.2-1b"] == [1, 4, 2, 2]
     assert all(row["hymba_over_this"] > 0 for row in rows if row["model"] != "hymba")
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from hymba.cost import cache_bytes, flops_of_text, flops_per_token, parameters
+from hymba.nn.state import map_tensors
 from hymba.ops import ssd_state_update
 
 RELEASE = HymbaConfig(
@@ -68,6 +69,23 @@ def test_cache_bytes_are_those_of_a_cache(config: HymbaConfig, rows: int, length
             model(ids, past_key_values=cache)
         expected = cache_bytes(config, length, batch=rows, dtype=dtype, static=static)
         assert cache.nbytes() == expected.total
+        # None of them is a view that keeps a larger tensor, such as a whole projection, in memory.
+        assert storage_bytes(cache) == expected.total
+
+
+def storage_bytes(cache: HymbaCache) -> int:
+    """Bytes of the memory that a cache keeps alive, each piece once."""
+    found: dict[int, int] = {}
+
+    def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if name != "seen":
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    for state in cache.layers:
+        map_tensors(state, add)
+    return sum(found.values())
 
 
 def test_a_static_cache_never_changes_its_size() -> None:

@@ -355,11 +355,14 @@ class LayerState:
                 setattr(self, name, new.to(old.dtype) if old is not None and not self.in_place else new)
 
     def as_prefix(self) -> LayerState:
-        """The state after the meta tokens as the state before the text: their keys become a prefix that all see."""
+        """The state after the meta tokens as the state before the text: their keys become a prefix that all see.
+
+        Copied out of the layer's projection where they are a view of it, which a cache would otherwise keep whole.
+        """
         kv = self.kv
         return LayerState(
-            prefix_k=None if kv is None else kv.keys,
-            prefix_v=None if kv is None else kv.values,
+            prefix_k=None if kv is None or kv.keys is None else kv.keys.contiguous(),
+            prefix_v=None if kv is None or kv.values is None else kv.values.contiguous(),
             conv=self.conv,
             ssm=self.ssm,
         )

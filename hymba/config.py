@@ -100,6 +100,8 @@ class HymbaConfig(PreTrainedConfig):
         mamba_d_state, mamba_d_conv, mamba_expand, mamba_dt_rank: shape of the Mamba heads; dt rank `"auto"` is
             `ceil(hidden_size / 16)`.
         mamba_proj_bias: bias on the input and output projections of the mixer.
+        initializer_range: standard deviation of initial weights; of embeddings too, unless
+            `embedding_initializer_range` has another. Written to a file only where it is set.
         num_memory_tokens: meta tokens (section 2.3 of the paper); 0 for none.
         sliding_window: past positions that a windowed layer sees besides itself; `None` makes every layer global.
         global_attn_idx: layers without a window; `None` equals `[]`.
@@ -128,6 +130,7 @@ class HymbaConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     mlp_hidden_act: str = "silu"
     initializer_range: float | int = 0.02
+    embedding_initializer_range: float | int | None = None
     rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -274,6 +277,8 @@ class HymbaConfig(PreTrainedConfig):
         for field in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, field) > 0:
                 refuse(field, "numbers above 0")
+        if self.embedding_initializer_range is not None and not self.embedding_initializer_range > 0:
+            refuse("embedding_initializer_range", "numbers above 0, or null for that of all weights")
         if not 0 <= self.attention_dropout < 1:
             refuse("attention_dropout", "numbers from 0 to below 1")
 
@@ -435,6 +440,8 @@ class HymbaConfig(PreTrainedConfig):
         output = super().to_dict()
         output |= output.pop("_expert_fields", _EXPERT_FIELDS)
         output.pop("rope_parameters", None)
+        if output.get("embedding_initializer_range") is None:
+            output.pop("embedding_initializer_range", None)
         if output.get("layer_pattern") is None:
             output.pop("layer_pattern", None)
             output["attn_implementation"] = output["attn_implementation_new"] = "flex"

@@ -88,6 +88,7 @@ class HymbaPreTrainedModel(CheckpointMixin, ActivationMixin, PreTrainedModel):
             initialise(
                 self,
                 std=self.config.initializer_range,
+                embedding_std=self.config.embedding_initializer_range,
                 skip=lambda parameter: getattr(parameter, "_is_hf_initialized", False),
             )
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 STEP_SIZES = (1e-3, 1e-1)
 """Range of the initial step sizes softplus(dt_bias), log-uniform."""
 
+EMBEDDING = "embed_tokens"
+"""End of the dotted name of the embeddings, which may have a standard deviation of their own."""
+
 DECAYS = (1.0, 16.0)
 """Range of the initial -A of Mamba-2's heads, uniform."""
 
@@ -83,12 +86,19 @@ def rule_for(name: str) -> Callable[[Tensor, float], None]:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, std: float = 0.02, skip: Callable[[Tensor], bool] | None = None) -> None:
+def initialise(
+    module: nn.Module,
+    *,
+    std: float = 0.02,
+    embedding_std: float | None = None,
+    skip: Callable[[Tensor], bool] | None = None,
+) -> None:
     """Initialise the parameters of a module and its children in place.
 
     Args:
         module: any module of `hymba.nn` (or a whole model).
         std: standard deviation of projections and embeddings.
+        embedding_std: of embeddings, where it is another one.
         skip: parameters to leave alone (loaded ones).
     """
     for prefix, child in module.named_modules():
@@ -96,4 +106,5 @@ def initialise(module: nn.Module, *, std: float = 0.02, skip: Callable[[Tensor],
         prefix = prefix or type(child).__name__.lower()
         for name, parameter in child.named_parameters(recurse=False):
             if not parameter.is_meta and not (skip is not None and skip(parameter)):
-                rule_for(f"{prefix}.{name}")(parameter, std)
+                width = embedding_std if embedding_std is not None and prefix.endswith(EMBEDDING) else std
+                rule_for(f"{prefix}.{name}")(parameter, width)

@@ -13,6 +13,8 @@ from tolerances import FLOAT64, FLOAT64_GRADIENT
 from torch import Tensor, nn
 
 import hymba.ops.attention as attention_module
+from hymba import HymbaConfig, HymbaForCausalLM
+from hymba.config import ConfigError
 from hymba.nn import (
     MLP,
     AttentionHeads,
@@ -362,3 +364,16 @@ def test_blocks_are_initialised_when_made() -> None:
     initialise(block, std=1.0, skip=lambda parameter: parameter is kept)
     assert block.mixer.in_proj.weight.std().item() == pytest.approx(1.0, rel=0.2)
     assert torch.equal(kept, torch.ones(32))
+
+
+def test_embeddings_with_a_range_of_their_own() -> None:
+    fields: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = HymbaConfig(**fields, initializer_range=0.05, embedding_initializer_range=1)
+    model = HymbaForCausalLM(config).model
+    assert model.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert model.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert config.to_dict()["embedding_initializer_range"] == 1
+    assert "embedding_initializer_range" not in HymbaConfig(**fields).to_dict()
+    with pytest.raises(ConfigError, match="embedding_initializer_range=0 is not supported; allowed: numbers above 0"):
+        HymbaConfig(**fields, embedding_initializer_range=0)

@@ -114,8 +114,13 @@ def launch(args: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     began = time.perf_counter()
     subprocess.run(command, env=environment | {"PYTHONPATH": python_path}, check=True)
-    print(f"{way}: {processes} process(es), {time.perf_counter() - began:.0f} s", flush=True)
     found: dict[str, Any] = json.loads((folder / f"{way}.json").read_text())
+    rates = [f"{kind} {found[kind]['tokens_per_second']:,.0f} tokens/s" for kind in ("weak", "strong") if kind in found]
+    took = f"{time.perf_counter() - began:.0f} s"
+    print(
+        ", ".join([f"{way}: {processes} process(es), {took}", f"last loss {found['losses'][-2]:.6f}", *rates]),
+        flush=True,
+    )
     return found
 
 

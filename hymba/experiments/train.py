@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from hymba.experiments.resuming import DEALT, FREE, find_resume_point
 from hymba.experiments.settings import SettingsError, TrainSettings, load_settings
 from hymba.experiments.tasks import Task, make_task
 from hymba.experiments.trainer import HymbaTrainer
+from hymba.experiments.versions import versions_of
 from hymba.memory import MemoryBytes, check_fits, training_bytes
 
 RECORD_NAME = "training.json"
@@ -389,7 +389,7 @@ def export(
         record = {
             "settings": settings.to_dict(),
             "held_out": held_out,
-            "versions": {name: version(name) for name in ("hymba", "torch", "transformers", "tokenizers")},
+            "versions": versions_of("hymba", "torch", "transformers", "tokenizers"),
             "corpus": None if corpus is None else corpus.record(),
         }
         (staging / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +30,7 @@ from hymba.experiments.ablation.lock import Locks
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
 from hymba.experiments.settings import SettingsError
 from hymba.experiments.train import DAMAGED, RESULTS_NAME, find_resume_point
+from hymba.experiments.versions import versions_of
 from hymba.finetuning import measure
 from hymba.finetuning.data import Examples, load_examples
 from hymba.finetuning.merge import merge_adapter, write_checkpoint
@@ -376,7 +376,7 @@ def _report(
         "examples": {"train": len(examples.train), "held_out": len(examples.held_out), "answered": asked},
         "before": before,
         "after": after,
-        "versions": {name: version(name) for name in ("hymba", "torch", "transformers", "trl", "peft")},
+        "versions": versions_of("hymba", "torch", "transformers", "trl", "peft"),
         "settings": settings.to_dict(),
     }
     with checkpoints.write_failures(output):

@@ -21,16 +21,17 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import hymba
 from hymba.experiments import checkpoints, train
 from hymba.experiments.ablation.plan import CONFIG, FAILURE, RESULT, TRAIN, UNIT
 from hymba.experiments.tasks import make_task
 from hymba.experiments.trainer import LOG_NAME
+from hymba.experiments.versions import versions_of
 from hymba.memory import MemoryEstimateError
 
 INTERRUPTED = 130
@@ -91,8 +92,7 @@ def work(folder: Path, unit: Mapping[str, Any]) -> dict[str, Any] | None:
         "seconds": time.perf_counter() - began,
         "commit": commit(),
         "device": device_name(record["settings"]),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("hymba", "torch", "transformers")},
+        "versions": {"python": platform.python_version()} | versions_of("hymba", "torch", "transformers"),
         "settings": record["settings"],
     }
     with checkpoints.write_failures(folder):
@@ -192,13 +192,13 @@ def commit() -> str:
         return named
     root = Path(__file__).resolve().parents[3]
     if not (root / "pyproject.toml").is_file():
-        return f"release {version('hymba')}"
+        return f"release {hymba.__version__}"
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return f"release {version('hymba')}"
+        return f"release {hymba.__version__}"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 

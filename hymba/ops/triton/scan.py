@@ -303,7 +303,9 @@ def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = No
             parallel = nseg > 1 and i.x.is_cuda and b * blocks < 3 * _multiprocessors(i.x.device)
         y = torch.empty_like(i.x, memory_format=torch.contiguous_format)
         final = torch.empty(b, d, n, **new)
-        states = torch.empty(nseg if save or parallel else 0, b, n, d, **new)
+        # Kept whether they are asked for or not: on an H200 the compiled kernel that writes them takes 2.1 ms for 8 x
+        # 8192 steps of 3200 channels, the one that does not 3.0.
+        states = torch.empty(nseg, b, n, d, **new)
         total = torch.empty(nseg if parallel else 0, b, d, **new)
         alive = torch.empty(nseg if parallel else 0, b, dtype=torch.int32, device=i.x.device)
         zz = i.x if i.z is None else i.z
@@ -323,7 +325,7 @@ def forward(i: ScanInputs, chunk: int, save: bool, *, parallel: bool | None = No
                 num_warps=1,
                 HAS_START=p.h0 is not None, WRITE_LAST=False, REVERSE=False,
             )  # fmt: skip
-        _forward_kernel[grid](*pointers, LOCAL=False, SAVE=save and not parallel, **common)
+        _forward_kernel[grid](*pointers, LOCAL=False, SAVE=not parallel, **common)
     return y, final, states if save else states[:0].clone()
 
 

@@ -104,7 +104,7 @@ class CheckpointMixin:
 
         Raises:
             CheckpointError: missing, unknown, mis-shaped or truncated tensors, a missing shard, pickled weights.
-            QuantizationError: quantised weights that this machine cannot run.
+            QuantizationError: weights that this machine cannot quantise as asked, or quantised ones that it cannot run.
             ConfigError: a configuration that cannot be built, or an unknown keyword.
         """
         check_attention_implementation(kwargs.get("attn_implementation"))
@@ -123,6 +123,8 @@ class CheckpointMixin:
                         config or pretrained_model_name_or_path, **location, **overrides
                     )
             cls._check_keywords(kwargs)
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = quantization.completed(kwargs["quantization_config"])
             method = quantization.method(config)
             with _naming(pretrained_model_name_or_path):
                 own = plain and method in (None, *quantization.BACKENDS)

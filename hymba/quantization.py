@@ -12,6 +12,7 @@ heads are left out by name (`KEEP`). docs/quantization.md has the measurements.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ The head is tied to the embeddings. x_proj and dt_proj, through which step size,
 
 _FEW_ROWS = 4
 """Up to so many tokens the kernel that reads int8 codes is quicker than one that writes the weight out first."""
+_CODES_AT_ONCE = 16
+"""That kernel reads whole blocks of so many inputs: with another width it takes what lies behind the row."""
 
 
 class QuantizationError(ValueError):
@@ -98,6 +101,30 @@ def quantization_config(
             )
         quantiser = _int4(where, group_size)
     return TorchAoConfig(quantiser, modules_to_not_convert=list(keep))
+
+
+def completed(given: Any) -> Any:
+    """The `quantization_config` that a user hands to `from_pretrained`, with `KEEP` where it names no modules.
+
+    One that lists modules to leave alone, or names those to round one by one, stays as it is.
+
+    Raises:
+        QuantizationError: torchao's plain int4, which needs mslk (and a GPU), where that is missing.
+    """
+    quantiser = getattr(given, "quant_type", None)
+    packing = getattr(getattr(quantiser, "int4_packing_format", None), "value", None)
+    if _kind(quantiser) == "Int4WeightOnlyConfig" and packing == "plain" and importlib.util.find_spec("mslk") is None:
+        raise QuantizationError(
+            "quantization_config: torchao's Int4WeightOnlyConfig needs mslk and a GPU; allowed on this machine: "
+            'hymba.quantization.quantization_config("int4"), or int8'
+        )
+    if _kind(quantiser).endswith("FqnToConfig") or getattr(given, "include_input_output_embeddings", False):
+        return given
+    for field in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if hasattr(given, field) and getattr(given, field) is None:
+            given = copy.copy(given)
+            setattr(given, field, list(KEEP))
+    return given
 
 
 def _int4(device: str, group_size: int) -> Any:
@@ -214,6 +241,7 @@ class Int8Linear(nn.Linear):
     def _takes(x: Tensor, weight: Any) -> bool:
         return (
             0 < x.numel() <= _FEW_ROWS * x.shape[-1]
+            and x.shape[-1] % _CODES_AT_ONCE == 0
             and _kind(weight) == "Int8Tensor"
             and weight.scale.numel() == weight.shape[0]
             and weight.act_quant_kwargs is None

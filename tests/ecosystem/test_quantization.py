@@ -153,6 +153,23 @@ def test_the_kernel_for_single_tokens_gives_what_torchao_gives(folder: Path) -> 
     assert held.grad is not None and held.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("width", [10, 16, 24, 48])
+def test_single_tokens_of_any_width(width: int) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = nn.Linear(width, 40, bias=False, dtype=torch.bfloat16)
+    quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
+    quantization.settle(model := nn.Sequential(layer))
+    assert type(model[0]) is Int8Linear
+    # What lies behind a row, as behind a part of a wider activation, is none of its business.
+    row = torch.full((1, width + 64), torch.nan, dtype=torch.bfloat16)
+    row[:, :width] = torch.randn(1, width)
+    with torch.no_grad():
+        y = model(row[:, :width])
+    exact = row[:, :width].double() @ layer.weight.dequantize(torch.float32).double().t()
+    assert relative(y.double(), exact) <= BFLOAT16_RELATIVE
+
+
 # Files.
 
 
@@ -266,6 +283,27 @@ def test_wrong_settings() -> None:
     ):
         with pytest.raises(QuantizationError, match=message):
             quantization_config(**settings)
+
+
+def test_configurations_of_one_s_own(folder: Path) -> None:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    eight = Int8WeightOnlyConfig(set_inductor_config=False)
+    given = TorchAoConfig(eight)
+    left = report(AutoModelForCausalLM.from_pretrained(folder, quantization_config=given)).unquantised
+    assert {name.split(".")[-1] for name in left} == {"lm_head", "x_proj", "dt_proj"}
+    assert given.modules_to_not_convert is None  # the caller's object is left alone
+    assert quantization.completed(BitsAndBytesConfig(load_in_8bit=True)).llm_int8_skip_modules == list(quantization.KEEP)
+    for chosen in (
+        TorchAoConfig(eight, modules_to_not_convert=["lm_head"]),
+        TorchAoConfig(eight, include_input_output_embeddings=True),
+        {"quant_method": "torchao"},
+    ):
+        assert quantization.completed(chosen) is chosen
+    if importlib.util.find_spec("mslk") is None:
+        with pytest.raises(QuantizationError, match=r"needs mslk and a GPU; allowed on this machine: .*\"int4\""):
+            AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(Int4WeightOnlyConfig(32)))
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,14 +155,20 @@ def _check_source(source: Path) -> HymbaConfig:
         raise ConversionError(f"source={str(source)!r}: no such folder; allowed: a checkpoint's folder")
     if (source / "adapter_config.json").is_file() and not list(source.glob("model*.safetensors")):
         raise ConversionError(
-            f"source={str(source)!r}: holds an adapter, not a model; merge it into its model first (hymba finetune "
-            "says how) and convert the result"
+            f"source={str(source)!r}: holds an adapter, not a model; merge it into its model first "
+            f"(hymba merge {source} --output FOLDER) and convert the result"
         )
     if not (source / "config.json").is_file():
         inside = sorted(path.parent.name for path in source.glob("*/config.json"))
         found = f"; there are checkpoints in it: {', '.join(inside)}" if inside else ""
         raise ConversionError(f"source={str(source)!r}: no config.json in it{found}; allowed: a checkpoint's folder")
-    config = HymbaConfig.from_pretrained(source)
+    try:
+        config = HymbaConfig.from_pretrained(source)
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise ConversionError(
+            f"source={str(source)!r}: its config.json cannot be read ({why}); allowed: a checkpoint's folder"
+        ) from error
     if (method := quantization.method(config)) is not None:
         raise ConversionError(
             f"source={str(source)!r}: its weights are quantised ({method}), and what was rounded cannot be undone; "

@@ -168,6 +168,19 @@ _SIDE_TENSORS = (
 )
 
 
+def stored_bytes(folder: str | os.PathLike[str]) -> int | None:
+    """Bytes of all tensors in the files of a checkpoint folder, by their headers; `None` where there are no weights.
+
+    Raises:
+        CheckpointError: a truncated file, a missing shard.
+    """
+    path = Path(folder)
+    if not any(path.glob("model*.safetensors*")):
+        return None
+    entries = [entry for file in weight_files(path) for entry in read_header(file).values()]
+    return sum(int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]) for entry in entries)
+
+
 def parameter_of(name: str) -> str:
     """The released name of the parameter that a tensor of a quantised file belongs to."""
     for pattern in _SIDE_TENSORS:

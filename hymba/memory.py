@@ -60,6 +60,7 @@ def generation_bytes(
     dtype: Any = "bfloat16",
     static: bool = False,
     chunk: int | None = None,
+    weights: int | None = None,
 ) -> MemoryBytes:
     """Bytes of a prefill and the decoding behind it.
 
@@ -69,6 +70,7 @@ def generation_bytes(
         dtype: of weights and cache.
         static: a cache of fixed size; one that grows is copied while it does.
         chunk: take the prompt in so many tokens at a time.
+        weights: their bytes, where they are not all in `dtype` (quantised ones).
     """
     width = cost.DTYPE_BYTES[_name(dtype)]
     tokens = batch * min(prompt, prompt if chunk is None else chunk)
@@ -79,7 +81,7 @@ def generation_bytes(
         owners = sum(spec.is_global and spec.kv_from is None for spec in config.layers)
         total += cache.global_kv // 4 + (5 * cache.global_kv // (4 * owners) if owners else 0)
     return MemoryBytes(
-        weights=cost.parameters(config).total * width,
+        weights=cost.parameters(config).total * width if weights is None else weights,
         cache=total,
         activations=tokens * width * max(_widest_moment(config, spec) for spec in config.layers),
         logits=batch * config.vocab_size * (width + 8),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_checkpoint import byte_tokenizer, llama_tokenizer, tiny_checkpoint
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -473,6 +474,22 @@ def test_inspect_needs_nothing_but_the_configuration(folder: Path, tmp_path: Pat
         "100 text tokens, 3 rows, float32, dynamic",
     ):
         assert part in page, part
+
+
+def test_inspect_of_quantised_weights(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "torchao"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    held = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+    args = ["inspect", "-m", tmp_path, "--dtype", "bfloat16"]
+    facts = json.loads(hymba(*args, "--json").stdout)
+    assert (facts["weight_bytes"], facts["quantization"]) == (held, "torchao")
+    assert list(facts["peak_bytes"]) == ["generation"] and facts["peak_bytes"]["generation"] > held
+    assert f"quantised (torchao): {held:,} bytes, bfloat16 around them" in hymba(*args).stdout
+    (tmp_path / "model.safetensors").unlink()
+    assert json.loads(hymba(*args, "--json").stdout)["weight_bytes"] is None
+    assert "a size that only its files say" in " ".join(hymba(*args).stdout.split())
 
 
 def test_layer_maps() -> None:

@@ -220,8 +220,12 @@ def test_sources_that_are_no_checkpoints(released: Path, tmp_path: Path) -> None
         convert(tmp_path / "run" / "checkpoint-3", tmp_path / "out")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConversionError, match="holds an adapter, not a model; merge it"):
+    with pytest.raises(ConversionError, match=r"holds an adapter, not a model; merge it .* .hymba merge .*adapter"):
         convert(tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"torn': its config.json cannot be read"):
+        convert(tmp_path / "torn", tmp_path / "out")
     rounded = shutil.copytree(released, tmp_path / "rounded")
     changed = fields(rounded) | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     (rounded / "config.json").write_text(json.dumps(changed))

@@ -59,7 +59,7 @@ ROOMS = {
     "chat": room(MODEL),
     "serving": room(f"chat {MODEL}"),
     "experiments": room(f"__init__ {MODEL}"),
-    "eval": room(f"__init__ experiments {MODEL}"),
+    "eval": room(f"__init__ chat experiments {MODEL}"),
     "analysis": room(f"__init__ experiments saving {MODEL}"),
     "conversion": room(f"__init__ experiments {MODEL}"),
     "finetuning": room(f"__init__ chat experiments saving {MODEL}"),

@@ -173,14 +173,18 @@ def evaluate(
     # The harness says "main" where nobody did, also for folders.
     optional = {"revision": revision, "peft": peft, "quantization": quantization and str(quantization)}
     given |= {key: value for key, value in optional.items() if value is not None}
-    if peft is not None and importlib.util.find_spec("peft") is None:
-        raise UsageError("--peft: peft is not installed; pip install 'hymba[finetune]' brings it")
+    if peft is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise UsageError("--peft: peft is not installed; pip install 'hymba[finetune]' brings it")
+        folder = Path(peft).expanduser()
+        if (folder.is_dir() or folder.is_absolute()) and not (folder / "adapter_config.json").is_file():
+            raise UsageError(f"--peft {peft}: no adapter_config.json there; give the folder of an adapter, or a hub id")
 
     from hymba.eval import run
     from hymba.eval.table import render, table
 
     # What the harness prints on the way: batch sizes it finds, and prompts when asked for.
-    with _said_once(), redirect_stdout(sys.stderr if write_out else io.StringIO()):
+    with _said_once(), _naming(model_args), redirect_stdout(sys.stderr if write_out else io.StringIO()):
         found = run.evaluate(
             wanted,
             model_args=given,
@@ -191,6 +195,7 @@ def evaluate(
             output=output,
             log_samples=log_samples or predict_only,
             metadata=more,
+            model_name="hymba" if model is None and peft is None else None,
             device=where,
             max_batch_size=max_batch_size,
             limit=share,
@@ -287,6 +292,17 @@ def _json(text: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(f"--metadata {text}: needed: a JSON object")
     return found
+
+
+@contextmanager
+def _naming(model_args: list[str] | None) -> Iterator[None]:
+    """An argument that the model's class does not know was an option's."""
+    try:
+        yield
+    except TypeError as error:
+        if not model_args or "unexpected keyword argument" not in str(error):
+            raise
+        raise UsageError(f"--model-args {','.join(model_args)}: {error}") from error
 
 
 @contextmanager

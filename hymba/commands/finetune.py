@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hymba.commands.errors import INTERRUPTED, UsageError
+from hymba.commands.models import locate
 from hymba.commands.options import DType
 
 
@@ -59,8 +61,16 @@ def merge(
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UsageError(f"--output {output}: is there already; choose a new folder")
 
+    base = None if model is None else locate(model)
+
+    from transformers.utils import logging
+
     from hymba.finetuning.merge import merge_adapter
     from hymba.finetuning.run import require_packages
 
     require_packages()
-    typer.echo(f"merged: {merge_adapter(adapter, output, base=model, dtype=str(dtype))}")
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # What the libraries will rename in each other is none of the user's business.
+        warnings.simplefilter("ignore", FutureWarning)
+        typer.echo(f"merged: {merge_adapter(adapter, output, base=base, dtype=str(dtype))}")

@@ -101,7 +101,7 @@ def _draw(config: HymbaConfig, folder: Path, length: int) -> None:
 
 def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: str, static: bool) -> dict[str, Any]:
     """Everything that `inspect` prints, as plain values."""
-    from hymba import cost, memory
+    from hymba import cost, hub, memory, quantization
 
     if dtype == "auto":
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
@@ -109,29 +109,33 @@ def describe(name: str, config: HymbaConfig, *, length: int, batch: int, dtype: 
     parameters = cost.parameters(config)
     token = cost.flops_per_token(config, length)
     cache = cost.cache_bytes(config, length, batch=batch, dtype=dtype, static=static)
+    quantised = quantization.method(config)
+    # What rounding makes of a tensor is the quantiser's matter: its files say it, and on the hub nothing does.
+    weights = parameters.total * cost.DTYPE_BYTES[dtype] if quantised is None else hub.stored_bytes(name)
     return {
         "model": name,
         "length": length,
         "batch_size": batch,
         "dtype": dtype,
+        "quantization": quantised,
         "cache_implementation": "static" if static else "dynamic",
         "config": {field: getattr(config, field) for field in type(config).__annotations__},
         "layers": [{"layer": i, **_facts(spec)} for i, spec in enumerate(config.layers)],
         "parameters": {"total": parameters.total, **parameters.to_dict()},
-        "weight_bytes": parameters.total * cost.DTYPE_BYTES[dtype],
+        "weight_bytes": weights,
         "flops_per_token": {"total": token.total, **token.to_dict()},
         "flops_of_text": cost.flops_of_text(config, length).total,
         "cache_bytes": {"total": cache.total, **cache.to_dict()},
         "paper_cache_bytes": cost.paper_cache_bytes(config),
         "peak_bytes": {
             "generation": memory.generation_bytes(
-                config, batch=batch, prompt=length, length=length, dtype=dtype, static=static
+                config, batch=batch, prompt=length, length=length, dtype=dtype, static=static, weights=weights
             ).total,
             **{
                 f"training_step_{policy}": memory.training_bytes(
                     config, batch=batch, length=length, checkpointing=policy, fused_loss=True
                 ).total
-                for policy in memory.POLICIES
+                for policy in (memory.POLICIES if quantised is None else ())  # rounded weights are not trained
             },
         },
     }
@@ -220,7 +224,7 @@ def _page(facts: dict[str, Any], config: HymbaConfig) -> list[RenderableType]:
     return [
         Text.assemble((str(facts["model"]), "bold cyan")),
         Text(
-            f"{parameters['total']:,} parameters, {facts['weight_bytes']:,} bytes in {dtype}\n"
+            f"{parameters['total']:,} parameters, {_weights(facts)}\n"
             f"{len(layers)} layers: {globals_} global, {windowed} windowed, "
             + (f"{alone} without attention, " if alone else "")
             + f"{borrow} borrow keys and values"
@@ -258,6 +262,15 @@ def _page(facts: dict[str, Any], config: HymbaConfig) -> list[RenderableType]:
             [(_WORK[work], f"{size / 2**30:.1f}") for work, size in facts["peak_bytes"].items()],
         ),
     ]
+
+
+def _weights(facts: dict[str, Any]) -> str:
+    """The size of the weights in words."""
+    size, quantised, dtype = facts["weight_bytes"], facts["quantization"], facts["dtype"]
+    if quantised is None:
+        return f"{size:,} bytes in {dtype}"
+    held = "a size that only its files say" if size is None else f"{size:,} bytes"
+    return f"quantised ({quantised}): {held}, {dtype} around them"
 
 
 def _pairs(items: list[tuple[str, str]]) -> RenderableType:

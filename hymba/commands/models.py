@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hymba.config import HymbaConfig
     from hymba.model import HymbaForCausalLM
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def locate(name: str | None) -> str:
@@ -36,6 +36,11 @@ def locate(name: str | None) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UsageError(
+                    f"--model {name}: an adapter, not a model; hymba merge {name} --output FOLDER makes one of it and "
+                    "its base"
+                )
             raise UsageError(f"--model {name}: the folder has no config.json; give a checkpoint's folder")
         return str(path)
     if path.exists():
@@ -132,7 +137,7 @@ def plan(
     keywords: dict[str, Any] = {}
     if quantization is not None:
         dtype, keywords = _quantised(str(quantization), config, dtype, where)
-    _check_weights_fit(config, dtype, where, quantization)
+    _check_weights_fit(name, config, dtype, where, quantization)
     return config, where, dtype, keywords
 
 
@@ -250,18 +255,21 @@ def _dtype_there(dtype: str, config: HymbaConfig, device: str) -> str:
     return dtype
 
 
-def _check_weights_fit(config: HymbaConfig, dtype: str, device: str, quantization: str | None) -> None:
-    from hymba import cost, memory
+def _check_weights_fit(name: str, config: HymbaConfig, dtype: str, device: str, quantization: str | None) -> None:
+    from hymba import cost, hub, memory
+    from hymba.quantization import method
 
-    name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    kind = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    # Of files that are quantised already, what they hold; else as they will be.
     # int4 has a scale and a zero point of 16 bits for every 32 codes; what is kept is small beside the rest.
-    width = {"int8": 1.0, "int4": 0.625}.get(quantization or "", cost.DTYPE_BYTES.get(name, 4))
-    size = cost.parameters(config).total * width
+    width = {"int8": 1.0, "int4": 0.625}.get(quantization or "", cost.DTYPE_BYTES.get(kind, 4))
+    stored = hub.stored_bytes(name) if method(config) is not None else None
+    size = cost.parameters(config).total * width if stored is None else stored
     free = memory.free_bytes(device)
     if free is not None and size > free and memory.enabled():
         smaller = "" if width <= 2 else " --dtype bfloat16 takes half;"
         raise memory.MemoryEstimateError(
-            f"the weights need {size / 2**30:.1f} GiB in {quantization or name} and {device} has "
+            f"the weights need {size / 2**30:.1f} GiB in {quantization or kind} and {device} has "
             f"{free / 2**30:.1f} GiB free;{smaller} --device cpu needs none of it ({memory.ENV}=off tries anyway)"
         )
 

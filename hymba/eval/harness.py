@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import GenerationConfig
 
 import hymba  # noqa: F401  (registers the Auto classes)
+from hymba.chat import released_template
 from hymba.eval import DEFAULT_MODEL
 from hymba.quantization import quantization_config
 
@@ -36,6 +37,7 @@ class HymbaLM(HFLM):
     * A request's tokens are those of its text. Where context and continuation share a token, HFLM runs the context's
       tokens followed by a piece of the whole text's, which together are another text; here the shared token belongs to
       the continuation. With tokenizers like the release's, whose words begin with their space, this does not happen.
+    * A tokenizer without a chat template gets the released one (`--apply_chat_template`).
     * `batch_size=auto` tries batches of the longest request, not of the model's longest context; on a CPU, which has
       no error to catch, it takes as many rows as make 8,192 tokens.
 
@@ -69,6 +71,8 @@ class HymbaLM(HFLM):
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         for model in (self.model, inner):
             model.generation_config = plain
+        if not self.tokenizer.chat_template:
+            self.tokenizer.chat_template = released_template()
         self._longest = 0
 
     def _create_model(self, pretrained: str, quantization: str | None = None, **kwargs: Any) -> None:

@@ -45,6 +45,7 @@ def evaluate(
     output: Path | None = None,
     log_samples: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    model_name: str | None = None,
     **arguments: Any,
 ) -> Evaluation | None:
     """Run tasks on `hymba.eval.harness.HymbaLM`.
@@ -62,6 +63,7 @@ def evaluate(
             it.
         log_samples: write every request and answer too.
         metadata: for tasks that take some.
+        model_name: what the results call the model, in place of where it lies.
         **arguments: further ones of `lm_eval.simple_evaluate`.
 
     Returns:
@@ -85,34 +87,54 @@ def evaluate(
             metadata={**model_args, **(metadata or {})},
         )
         tracker = EvaluationTracker(output_path=None if room is None or output is None else str(room / output.name))
-        found: Any = lm_eval.simple_evaluate(
-            model="hymba",
-            model_args=dict(model_args),
-            tasks=tasks,
-            # It would make one for itself, of all the harness's tasks.
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            log_samples=log_samples,
-            evaluation_tracker=tracker,
-            random_seed=seeds[0],
-            numpy_random_seed=seeds[1],
-            torch_random_seed=seeds[2],
-            fewshot_random_seed=seeds[3],
-            metadata=dict(metadata or {}),
-            **arguments,
-        )
+        with _no_commit():
+            found: Any = lm_eval.simple_evaluate(
+                model="hymba",
+                model_args=dict(model_args),
+                tasks=tasks,
+                # It would make one for itself, of all the harness's tasks.
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                log_samples=log_samples,
+                evaluation_tracker=tracker,
+                random_seed=seeds[0],
+                numpy_random_seed=seeds[1],
+                torch_random_seed=seeds[2],
+                fewshot_random_seed=seeds[3],
+                metadata=dict(metadata or {}),
+                **arguments,
+            )
         if found is None:
             return None
         samples = found.pop("samples", None)
         files: tuple[Path, ...] = ()
         if room is not None and output is not None:
+            if model_name is not None:
+                tracker.general_config_tracker.model_name = model_name
+                tracker.general_config_tracker.model_name_sanitized = model_name
             tracker.save_results_aggregated(results=found, samples=samples)
             for name in samples or {}:
                 tracker.save_results_samples(task_name=name, samples=samples[name])
             files = _move(room, output)
     names = tuple(getattr(task, "task_name", None) or task.name for task in tasks)
     return Evaluation(found, names, files)
+
+
+@contextmanager
+def _no_commit() -> Iterator[None]:
+    """Outside a git repository the harness's question for the commit would only make git complain."""
+    from lm_eval import evaluator
+
+    here = Path.cwd()
+    if any((folder / ".git").exists() for folder in (here, *here.parents)):
+        yield
+        return
+    asked, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def find_tasks(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hymba.finetuning.examples import EXAMPLES
 from hymba.finetuning.rows import (
     CONVERSATIONAL,
+    FORMS,
     MESSAGES,
     PAIRS,
     PAIRS_MESSAGES,
@@ -84,14 +85,14 @@ def load_examples(settings: DataSettings, method: str) -> Examples:
         files = find_files(settings.paths, "data.paths")
         apart = find_files(settings.held_out_paths, "data.held_out_paths") if settings.held_out_paths else None
         sides = _read_all(files), None if apart is None else _read_all(apart)
-        described = f"{len(files)} {'file' if len(files) == 1 else 'files'}"
+        described = str(files[0]) if len(files) == 1 else f"{len(files)} files"
     else:
         split = settings.held_out_split
         sides = _dataset(settings, settings.dataset_split), None if split is None else _dataset(settings, split)
         described = f"{settings.dataset} ({settings.dataset_split})"
-    form, rows = _read_side(sides[0], method, settings.rows, None)
+    form, rows = _read_side(sides[0], method, settings.rows, None, f"data: {described}")
     if sides[1] is not None:
-        train, held_out = rows, _read_side(sides[1], method, 0, form)[1]
+        train, held_out = rows, _read_side(sides[1], method, 0, form, "data: the held-out side")[1]
     else:
         train, held_out = [], []
         for row in rows:
@@ -154,7 +155,9 @@ def _dataset(settings: DataSettings, split: str) -> Iterator[tuple[str, Any]]:
     return _placed(f"{name} ({split})", table)
 
 
-def _read_side(rows: Iterable[tuple[str, Any]], method: str, limit: int, form: str | None) -> tuple[str, list[Row]]:
+def _read_side(
+    rows: Iterable[tuple[str, Any]], method: str, limit: int, form: str | None, source: str
+) -> tuple[str, list[Row]]:
     found: list[Row] = []
     for where, raw in rows:
         if limit and len(found) == limit:
@@ -165,7 +168,7 @@ def _read_side(rows: Iterable[tuple[str, Any]], method: str, limit: int, form: s
         form = kind
         found.append(row)
     if form is None:
-        raise DataError("data: there is no example in it")
+        raise DataError(f"{source}: there is no example in it; expected {FORMS[method]}")
     return form, found
 
 

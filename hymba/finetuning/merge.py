@@ -38,13 +38,19 @@ def merged_model(adapter: Path, *, base: str | None = None, dtype: str = "auto")
     ``dtype``: ``auto`` is the base's.
 
     Raises:
-        SettingsError: no adapter is there, or it does not fit the base.
-        hymba.hub.CheckpointError, OSError: the base cannot be loaded.
+        SettingsError: no adapter is there, its base is not, or it does not fit the base.
+        hymba.hub.CheckpointError: files of the base that do not make a model.
     """
     from peft import PeftModel
 
     name = base or adapter_base(adapter)
-    model = HymbaForCausalLM.from_pretrained(name)
+    try:
+        model = HymbaForCausalLM.from_pretrained(name)
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise SettingsError(
+            f"{name}: the base of {adapter} cannot be loaded ({why}); say where it is: --model FOLDER|HUB-ID"
+        ) from error
     wanted = model.dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         adapted = PeftModel.from_pretrained(model.float(), str(adapter))

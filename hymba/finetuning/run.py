@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 # From the package, not from its modules: that registers the released names, by which checkpoints are saved.
-from hymba import HymbaForCausalLM
+from hymba import HymbaConfig, HymbaForCausalLM, quantization
 from hymba.experiments import checkpoints
 from hymba.experiments.ablation.lock import Locks
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
@@ -197,7 +197,7 @@ def load_start(settings: FinetuneSettings) -> tuple[HymbaForCausalLM, PreTrained
     """The model to start from, in ``model.dtype``, and its tokenizer.
 
     Raises:
-        SettingsError: a folder that is not there, or has no tokenizer.
+        SettingsError: a folder that is not there, has no tokenizer, or quantised weights.
     """
     name = settings.model.path or str(files("hymba") / "assets" / "default")
     folder = Path(name).expanduser()
@@ -213,7 +213,14 @@ def load_start(settings: FinetuneSettings) -> tuple[HymbaForCausalLM, PreTrained
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **keywords)
     except (OSError, ValueError) as error:
         raise SettingsError(f"model.path = {name!r}: no tokenizer can be loaded from it: {error}") from error
-    model = HymbaForCausalLM.from_pretrained(name, dtype=getattr(torch, settings.model.dtype), **keywords)
+    config = HymbaConfig.from_pretrained(name, **keywords)
+    if (quantised := quantization.method(config)) is not None:
+        raise SettingsError(
+            f"model.path = {settings.model.path!r}: its weights are quantised ({quantised}), which are not trained "
+            "here; give the checkpoint that they were made from"
+        )
+    dtype = getattr(torch, settings.model.dtype)
+    model = HymbaForCausalLM.from_pretrained(name, config=config, dtype=dtype, **keywords)
     model.config.use_cache = True
     return model, tokenizer
 

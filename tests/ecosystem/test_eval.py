@@ -235,6 +235,20 @@ def test_auto_takes_rows_for_the_longest_request(device: str, folder: Path) -> N
     assert lm._detect_batch_size([("", [1], [1])]) == 64
 
 
+def test_outside_a_repository_with_a_chat_template(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = hymba("eval", "-t", "tiny_writing", "--include-path", tasks, "--limit", 1, "--apply_chat_template",
+                 "--output", "out", "--log-samples")  # fmt: skip
+    assert "fatal" not in capfd.readouterr().err + done.stderr
+    # The model inside the package by its name, not by where it is installed; it has no chat template of its own.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["hymba"]
+    (samples,) = (tmp_path / "out" / "hymba").glob("samples_*.jsonl")
+    prompt = json.loads(samples.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
+    assert "<extra_id_1>User\n" in prompt and prompt.endswith("<extra_id_1>Assistant\n")
+
+
 # Adapters and quantised weights.
 
 
@@ -383,6 +397,8 @@ def test_contains(text: str, value: str, score: int) -> None:
         (["--fewshot-as-multiturn"], "only with --apply-chat-template"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--model_args", "max_length"], "--model-args max_length: write KEY=VALUE"),
+        (["--peft", "{file}"], "no adapter_config.json there; give the folder of an adapter"),
+        (["-t", "tiny_writing", "--model_args", "max_lenght=9"], "--model-args max_lenght=9: from_pretrained() got an"),
     ],
 )
 def test_errors_are_one_line(

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,13 @@ def test_starts_that_are_no_checkpoint(finished: Any, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "no adapter_config.json in it; give the folder of an adapter" in done.output
     done = CliRunner().invoke(app, ["merge", str(result.adapter), "-o", str(tmp_path / "x"), "-m", str(tmp_path)])
     assert done.exit_code != 0 and done.output.count("error:") == 1 and not (tmp_path / "x").exists()
+    done = CliRunner().invoke(app, ["merge", str(result.adapter), "-o", str(tmp_path / "x"), "-m", "./nowhere"])
+    assert done.exit_code == 2 and "--model ./nowhere: no such folder" in done.output
+    done = CliRunner().invoke(app, ["generate", "x", "--model", str(result.adapter)])
+    assert done.exit_code == 2 and f"an adapter, not a model; hymba merge {result.adapter}" in done.output
+    shutil.copytree(result.exported, tmp_path / "rounded")
+    fields = json.loads((tmp_path / "rounded" / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "torchao"}
+    (tmp_path / "rounded" / "config.json").write_text(json.dumps(fields))
+    said = invoke(config, f"run.output={tmp_path / 'run'}", f"model.path={tmp_path / 'rounded'}")
+    assert "its weights are quantised (torchao), which are not trained here" in said

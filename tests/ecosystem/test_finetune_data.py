@@ -200,7 +200,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not UTF-8"):
         list(read_file(path))
     path.write_text("")
-    with pytest.raises(DataError, match="there is no example"):
+    with pytest.raises(DataError, match="jsonl: there is no example in it; expected text; prompt"):
         load_examples(DataSettings(paths=(str(path),)), "sft")
     (tmp_path / "b.json").write_text('{"a": 1}')
     with pytest.raises(DataError, match="expected a list of examples, or an object with 'instances'"):

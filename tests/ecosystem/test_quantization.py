@@ -294,7 +294,9 @@ def test_configurations_of_one_s_own(folder: Path) -> None:
     left = report(AutoModelForCausalLM.from_pretrained(folder, quantization_config=given)).unquantised
     assert {name.split(".")[-1] for name in left} == {"lm_head", "x_proj", "dt_proj"}
     assert given.modules_to_not_convert is None  # the caller's object is left alone
-    assert quantization.completed(BitsAndBytesConfig(load_in_8bit=True)).llm_int8_skip_modules == list(quantization.KEEP)
+    assert quantization.completed(BitsAndBytesConfig(load_in_8bit=True)).llm_int8_skip_modules == list(
+        quantization.KEEP
+    )
     for chosen in (
         TorchAoConfig(eight, modules_to_not_convert=["lm_head"]),
         TorchAoConfig(eight, include_input_output_embeddings=True),

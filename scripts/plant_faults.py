@@ -71,7 +71,8 @@ FAULTS = (
     Fault(
         "the meta tokens' keys dropped",
         "nn/state.py",
-        "prefix_k=None if kv is None else kv.keys,\n            prefix_v=None if kv is None else kv.values,",
+        "prefix_k=None if kv is None or kv.keys is None else kv.keys.contiguous(),\n"
+        "            prefix_v=None if kv is None or kv.values is None else kv.values.contiguous(),",
         "prefix_k=None,\n            prefix_v=None,",
     ),
     Fault(

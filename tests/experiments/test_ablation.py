@@ -510,6 +510,7 @@ def test_shards_of_one_folder_go_on_side_by_side(file, tmp_path):
         ({"tasks": [{"name": "a", "setings": {}}]}, ["tasks[0]", "'setings'", "did you mean 'settings'"]),
         ({"tasks": [{"name": "a", "settings": {"run.step": 3}}]}, ["tasks: a", "run.step", "'run.steps'"]),
         ({"tasks": [{"name": "a", "settings": {"run.seed": 3}}]}, ["'run.seed' is not a task's to set"]),
+        ({"tasks": [{"name": "a", "settings": {"data.task": {"name": "mqar"}}}]}, ["'data.task' is null or left out"]),
         ({"tasks": ["text"]}, ["tasks[0] = 'text': expected a mapping"]),
         ({"tasks": [{"metrics": []}]}, ["tasks[0]: name: give the task one"]),
         ({"tasks": [{"name": "a"}, {"name": "a"}]}, ["two tasks have one name"]),
@@ -629,6 +630,17 @@ def test_without_matplotlib_one_line_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, said = ablate(file(variants={"hymba": None}), start=Here({"hymba": 7}))
     assert said.splitlines()[-1] == plots.MISSING and "pip install" in plots.MISSING
+
+
+def test_a_task_may_leave_the_bases_task_out(file, text):
+    base = {
+        **BASE,
+        "data": {**BASE["data"], "paths": [str(text)], "task": {"name": "mqar", "pairs": [2], "length": 16}},
+    }
+    tasks = [{"name": "recall"}, {"name": "text", "settings": {"data.task": None}}]
+    plan = make_plan(load_ablation(file(base=base, tasks=tasks)))
+    found = {unit.task.name: unit.settings.data.task for unit in plan.units}
+    assert found == {"recall": mqar, "text": None}
 
 
 def test_the_commit_is_named_from_outside_or_by_the_release(monkeypatch, tmp_path):

@@ -43,7 +43,8 @@ class TaskEntry:
     name: str = ""
     """The task's column in the table and its folder."""
     task: dict[str, Any] | None = None
-    """``data.task`` of the training: ``name`` and parameters; null: language modelling on the base's corpus."""
+    """``data.task`` of the training: ``name`` and parameters; null: the base's, or language modelling on the base's
+    corpus where it has none. ``settings: {data.task: null}`` leaves the base's out."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted settings in place of the base's, the same for every variant."""
     metrics: tuple[str, ...] = ()
@@ -237,9 +238,11 @@ def _task(path: Path, index: int, entry: Any) -> TaskEntry:
     task = settings_from(TaskEntry, entry, where=where)
     if not task.name:
         raise SettingsError(f"{where}: name: give the task one; it is its column in the table")
-    for key in task.settings:
+    for key, value in task.settings.items():
         section, _, leaf = key.partition(".")
-        if key in _OURS or key == "data.task" or (section == "model" and leaf != "vocab_size"):
+        if key == "data.task" and value is not None:
+            raise SettingsError(f"{where}: settings: 'data.task' is null or left out; a task stands in `task`")
+        if key in _OURS or (section == "model" and leaf != "vocab_size"):
             raise SettingsError(f"{where}: settings: {key!r} is not a task's to set; the ablation or a variant does")
     return task
 

@@ -633,10 +633,8 @@ def test_without_matplotlib_one_line_says_what_to_install(file, monkeypatch):
 
 
 def test_a_task_may_leave_the_bases_task_out(file, text):
-    base = {
-        **BASE,
-        "data": {**BASE["data"], "paths": [str(text)], "task": {"name": "mqar", "pairs": [2], "length": 16}},
-    }
+    mqar = {"name": "mqar", "pairs": [2], "length": 16}
+    base = {**BASE, "data": {**BASE["data"], "paths": [str(text)], "task": mqar}}
     tasks = [{"name": "recall"}, {"name": "text", "settings": {"data.task": None}}]
     plan = make_plan(load_ablation(file(base=base, tasks=tasks)))
     found = {unit.task.name: unit.settings.data.task for unit in plan.units}

@@ -260,12 +260,16 @@ class Gate:
         if model is not None and not isinstance(model, str):
             raise RequestError(f"model: {json.dumps(model)[:80]}; allowed: the name of a model", param="model")
         if model is not None and model != self.name:
-            raise RequestError(
-                f"model: {model!r} is not served here; allowed: {self.name!r} (another one needs a server of its own)",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            raise _not_served(model, self.name)
+
+
+def _not_served(asked: str, name: str) -> RequestError:
+    return RequestError(
+        f"model: {asked!r} is not served here; allowed: {name!r} (another one needs a server of its own)",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -323,6 +327,14 @@ def build_app(
         **handlers,
     )
     app.title = "hymba"
+
+    # A name may have a slash in it, as hub ids do.
+    @app.get("/v1/models/{model_id:path}")
+    def retrieve(model_id: str) -> dict[str, Any]:
+        if model_id != name:
+            raise _not_served(model_id, name)
+        return manager.get_gen_models()[0]
+
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _not_an_object)

@@ -167,6 +167,9 @@ def alone(served: Served, text: str, tokens: int = 12, **options: Any) -> str:
 
 def test_models(served: Served) -> None:
     assert [model.id for model in served.client.models.list()] == [NAME]
+    assert served.client.models.retrieve(NAME).id == NAME
+    refused = error_of(lambda: served.client.models.retrieve("owner/other"), openai.NotFoundError)
+    assert refused["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("text", ["Hello", "Hello Hello\nHe", "x" * 60])

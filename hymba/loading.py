@@ -105,6 +105,7 @@ class CheckpointMixin:
         Raises:
             CheckpointError: missing, unknown, mis-shaped or truncated tensors, a missing shard, pickled weights.
             QuantizationError: weights that this machine cannot quantise as asked, or quantised ones that it cannot run.
+            ImportError: the package that quantised the weights is not installed.
             ConfigError: a configuration that cannot be built, or an unknown keyword.
         """
         check_attention_implementation(kwargs.get("attn_implementation"))
@@ -126,6 +127,7 @@ class CheckpointMixin:
             if kwargs.get("quantization_config") is not None:
                 kwargs["quantization_config"] = quantization.completed(kwargs["quantization_config"])
             method = quantization.method(config)
+            quantization.require(method)
             with _naming(pretrained_model_name_or_path):
                 own = plain and method in (None, *quantization.BACKENDS)
                 folder = hub.resolve_folder(pretrained_model_name_or_path, **location) if own else None

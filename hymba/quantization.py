@@ -220,6 +220,19 @@ def method(config: Any) -> str | None:
     return str(getattr(named, "value", named))
 
 
+def require(method: str | None) -> None:
+    """Refuse files of a quantiser whose package is missing.
+
+    Raises:
+        ImportError: says what to install.
+    """
+    if method == "torchao" and importlib.util.find_spec("torchao") is None:
+        raise ImportError(
+            "the checkpoint's weights are quantised by torchao, which is not installed; "
+            "pip install 'hymba[quantization]'"
+        )
+
+
 class Int8Linear(nn.Linear):
     """A linear layer over torchao's int8 weight, quick for single tokens in 16 bit on a CPU.
 

@@ -138,7 +138,8 @@ def draw_layers(layers: Sequence[LayerMemory], *, length: int, name: str = "") -
     arcs = 0.35 * min(span, 4)
     kinds = len({layer.mixer for layer in layers}) > 1
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(min(9.6, max(6.0, 1.4 + 0.26 * count)), 4.0), layout="constrained")
+        # However few the layers, the legends need their width: the layout would squeeze the panels for them.
+        figure = Figure(figsize=(min(9.6, max(8.0, 1.4 + 0.26 * count)), 4.0), layout="constrained")
         top, bars = figure.subplots(2, 1, height_ratios=[1.0 + arcs, 4.2], sharex=True)
         for layer in layers:
             top.add_patch(_tile(layer))
@@ -148,7 +149,8 @@ def draw_layers(layers: Sequence[LayerMemory], *, length: int, name: str = "") -
                 top.text(layer.index, 0.5, label, ha="center", va="center", fontsize=6,
                          color="white" if strong else INK)  # fmt: skip
             if layer.kv_from is not None:
-                bend = -0.45 if layer.index - layer.kv_from > 1 else -0.7
+                # As high over few wide tiles as over many.
+                bend = (-0.45 if layer.index - layer.kv_from > 1 else -0.7) * min(1.0, count / 26)
                 top.add_patch(
                     FancyArrowPatch(
                         (layer.kv_from, 1.0), (layer.index, 1.0), connectionstyle=f"arc3,rad={bend}",
@@ -305,7 +307,7 @@ def draw_hybrid_head(config: HymbaConfig) -> Figure:
         # Attention heads.
         _box(panel, left - 0.08, 6.10, 1.44, 0.44, "rotary positions", ATTENTION)
         _arrow(panel, (left - 0.08, 5.88), (left - 0.08, 5.02), ATTENTION)
-        text = f"{heads} attention heads\n{kv_heads} key/value heads\nthe layer's mask"
+        text = f"{heads} attention heads\n{kv_heads} key/value head{'s' * (kv_heads != 1)}\nthe layer's mask"
         _box(panel, left, 4.62, 2.3, 0.8, text, ATTENTION)
         _state(panel, 0.68, 4.62, "keys and\nvalues", left - 1.15)
         _arrow(panel, (left, 4.22), (left, 2.62), ATTENTION)

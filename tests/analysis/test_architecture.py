@@ -128,6 +128,11 @@ def test_every_loan_is_an_arrow() -> None:
     arrows = [patch for patch in top.patches if isinstance(patch, FancyArrowPatch)]
     ends = sorted((arrow._posA_posB[0][0], arrow._posA_posB[1][0]) for arrow in arrows)
     assert ends == [(1, 2), (1, 3), (4, 5)]
+    # Nothing is cut off, and the legends squeeze no panel.
+    figure.draw_without_rendering()
+    for arrow in arrows:
+        assert arrow.get_path().vertices[:, 1].max() <= top.get_ylim()[1]
+    assert bars.get_position().width > 0.8
     drawn = sum(bar.get_height() for bar in bars.patches) * 2**20
     assert drawn == pytest.approx(cost.cache_bytes(config, 100).total)
 

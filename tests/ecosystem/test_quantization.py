@@ -317,6 +317,9 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["generate", "def ", "--quantization", "int8"])
     assert result.exit_code == 2
     assert "--quantization int8: torchao is not installed; pip install 'hymba[quantization]'" in result.output
+    with pytest.raises(ImportError, match=r"by torchao, which is not installed; pip install 'hymba\[quantization\]'"):
+        quantization.require("torchao")
+    quantization.require(None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
     with pytest.raises(QuantizationError, match="on cpu: allowed: cuda"):
         quantization_config("int8", backend="bitsandbytes")

@@ -259,17 +259,19 @@ class Gate:
         model = content.get("model")
         if model is not None and not isinstance(model, str):
             raise RequestError(f"model: {json.dumps(model)[:80]}; allowed: the name of a model", param="model")
-        if model is not None and model != self.name:
-            raise _not_served(model, self.name)
+        if model is not None:
+            _check_name(model, self.name)
 
 
-def _not_served(asked: str, name: str) -> RequestError:
-    return RequestError(
-        f"model: {asked!r} is not served here; allowed: {name!r} (another one needs a server of its own)",
-        status=404,
-        param="model",
-        code="model_not_found",
-    )
+def _check_name(asked: str, name: str) -> None:
+    """Raises RequestError (404) for a model that is not the one served."""
+    if asked != name:
+        raise RequestError(
+            f"model: {asked!r} is not served here; allowed: {name!r} (another one needs a server of its own)",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -331,8 +333,7 @@ def build_app(
     # A name may have a slash in it, as hub ids do.
     @app.get("/v1/models/{model_id:path}")
     def retrieve(model_id: str) -> dict[str, Any]:
-        if model_id != name:
-            raise _not_served(model_id, name)
+        _check_name(model_id, name)
         return manager.get_gen_models()[0]
 
     app.add_exception_handler(RequestError, _refused)

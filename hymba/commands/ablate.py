@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hymba.commands.errors import UsageError
+from hymba.commands.errors import UsageError, check_settings_file
 
 
 def ablate(
@@ -38,11 +38,7 @@ def ablate(
 
     Example: hymba ablate configs/ablation/table1-tiny.yaml --jobs 2 seeds=[0,1]
     """
-    if not config.is_file():
-        raise UsageError(f"CONFIG {config}: no such file; configs/ablation/ has examples")
-    for override in overrides or ():
-        if "=" not in override:
-            raise UsageError(f"{override!r} is not a setting; write KEY=VALUE, such as base.run.steps=100")
+    check_settings_file(config, overrides or [], examples="configs/ablation/", setting="base.run.steps=100")
     if check and table:
         raise UsageError("--check and --table exclude each other")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,6 +17,22 @@ DEBUG = "--debug"
 
 class UsageError(ValueError):
     """Arguments or files that a command cannot work with; the message names the value and what is allowed."""
+
+
+def check_settings_file(config: Path, overrides: Sequence[str], *, examples: str, setting: str) -> None:
+    """Refuse a settings file that is not there and overrides that are no ``key=value``.
+
+    Args:
+        examples: the folder to name. setting: an override to name.
+
+    Raises:
+        UsageError: says which.
+    """
+    if not config.is_file():
+        raise UsageError(f"CONFIG {config}: no such file; {examples} has examples")
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"{override!r} is not a setting; write KEY=VALUE, such as {setting}")
 
 
 def exit_code(error: BaseException) -> int:

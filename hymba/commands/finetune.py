@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hymba.commands.errors import INTERRUPTED, UsageError
+from hymba.commands.errors import INTERRUPTED, UsageError, check_settings_file
 from hymba.commands.models import locate
 from hymba.commands.options import DType
 
@@ -28,11 +28,7 @@ def finetune(
 
     Example: hymba finetune configs/finetune/tiny-sft.yaml run.output=runs/mine
     """
-    if not config.is_file():
-        raise UsageError(f"CONFIG {config}: no such file; configs/finetune/ has examples")
-    for override in overrides or ():
-        if "=" not in override:
-            raise UsageError(f"{override!r} is not a setting; write KEY=VALUE, such as run.steps=100")
+    check_settings_file(config, overrides or [], examples="configs/finetune/", setting="run.steps=100")
 
     from hymba.finetuning.run import main
 

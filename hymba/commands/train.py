@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hymba.commands.errors import INTERRUPTED, UsageError
+from hymba.commands.errors import INTERRUPTED, check_settings_file
 
 
 def train(
@@ -22,11 +22,7 @@ def train(
 
     Example: hymba train configs/train/tiny.yaml run.steps=100 run.output=runs/mine
     """
-    if not config.is_file():
-        raise UsageError(f"CONFIG {config}: no such file; configs/train/ has examples")
-    for override in overrides or ():
-        if "=" not in override:
-            raise UsageError(f"{override!r} is not a setting; write KEY=VALUE, such as run.steps=100")
+    check_settings_file(config, overrides or [], examples="configs/train/", setting="run.steps=100")
 
     from hymba.experiments.train import main
 

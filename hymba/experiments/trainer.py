@@ -32,31 +32,43 @@ LOG_NAME = "log.jsonl"
 _PENDING = "pending_losses.json"
 
 
+def common_arguments(run: Any, optimizer: Any, output: Path) -> dict[str, Any]:
+    """What every training here tells transformers' Trainer, which reports to nobody and rotates nothing itself.
+
+    Args:
+        run, optimizer: those sections of a training's or a fine-tuning's settings.
+        output: the run's folder.
+    """
+    return {
+        "output_dir": str(output),
+        "per_device_train_batch_size": run.batch_size,
+        "learning_rate": optimizer.learning_rate,
+        "max_grad_norm": optimizer.clip_norm,
+        "bf16": run.precision == "bfloat16",
+        "use_cpu": run.device == "cpu",
+        "logging_steps": run.log_every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": run.save_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": run.seed,
+        "dataloader_pin_memory": torch.cuda.is_available() and run.device != "cpu",
+        "ddp_find_unused_parameters": False,
+    }
+
+
 def training_arguments(phase: Phase, output: Path) -> TrainingArguments:
-    """The part of the settings that transformers' Trainer reads. It reports to nobody and rotates nothing itself."""
+    """The part of the settings that transformers' Trainer reads."""
     settings, run = phase.settings, phase.settings.run
     # accelerate launch leaves an answer of its own here, and the settings are the only ones asked.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if run.precision == "bfloat16" else "no"
     return TrainingArguments(
-        output_dir=str(output),
+        **common_arguments(run, settings.optimizer, output),
         max_steps=phase.end,
-        per_device_train_batch_size=run.batch_size,
         gradient_accumulation_steps=phase.accumulation,
-        learning_rate=settings.optimizer.learning_rate,
-        max_grad_norm=settings.optimizer.clip_norm,
-        bf16=run.precision == "bfloat16",
-        use_cpu=run.device == "cpu",
-        logging_steps=run.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=run.save_every,
-        report_to="none",
-        disable_tqdm=True,
-        seed=run.seed,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available() and run.device != "cpu",
         label_names=["labels"],
-        ddp_find_unused_parameters=False,
     )
 
 

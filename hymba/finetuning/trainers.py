@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hymba.adapters import target_names
 from hymba.experiments.settings import SettingsError
-from hymba.experiments.trainer import RecordedTrainer
+from hymba.experiments.trainer import RecordedTrainer, common_arguments
 from hymba.finetuning.data import Examples
 from hymba.finetuning.rows import MESSAGES, TEXT, DataError
 from hymba.finetuning.settings import FinetuneSettings
@@ -60,26 +60,11 @@ def adapter_config(settings: FinetuneSettings, model: HymbaForCausalLM) -> LoraC
 def _arguments(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
     """Training arguments that both methods have; the model's own activation checkpointing is set elsewhere."""
     run = settings.run
-    return dict(
-        output_dir=str(output),
+    return common_arguments(run, settings.optimizer, output) | dict(
         max_steps=run.steps or -1,
         num_train_epochs=run.epochs,
-        per_device_train_batch_size=run.batch_size,
         gradient_accumulation_steps=run.gradient_accumulation,
-        learning_rate=settings.optimizer.learning_rate,
-        max_grad_norm=settings.optimizer.clip_norm,
-        bf16=run.precision == "bfloat16",
-        use_cpu=run.device == "cpu",
-        logging_steps=run.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=run.save_every,
-        report_to="none",
-        disable_tqdm=True,
-        seed=run.seed,
-        dataloader_pin_memory=torch.cuda.is_available() and run.device != "cpu",
         gradient_checkpointing=False,
-        ddp_find_unused_parameters=False,
         max_length=settings.data.max_length,
     )
 

@@ -31,6 +31,7 @@ class Material:
         rows: of each phase.
         described: for the user. passes: over the corpus; over the source that is read most, if there are several.
         corpus: text and split; in the first process only, and not for a task.
+        task: of the last phase, which the run is measured on.
         sample: held-out documents to follow the training with.
     """
 
@@ -46,7 +47,6 @@ class Material:
 def gather(
     settings: TrainSettings,
     phases: list[Phase],
-    task: Task | None,
     *,
     checkpoint: Path | None,
     output: Path,
@@ -62,8 +62,8 @@ def gather(
         SettingsError: it is not what the run was started with.
         ValueError: a source has fewer tokens than one row.
     """
-    if task is not None:
-        return Material(task_rows(phases, task), f"all of task {task.name}", task=task)
+    if (task := phases[-1].task) is not None:
+        return Material(task_rows(phases), f"all of task {task.name}", task=task)
     corpora: dict[str, Corpus] = {}
     tokens: dict[str, Tokens] = {}
 

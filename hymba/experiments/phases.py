@@ -19,7 +19,7 @@ from hymba.experiments.mixing import LaterRows, MixedRows, Mixture
 from hymba.experiments.packing import Rows, TokenRows, Tokens, rows_digest
 from hymba.experiments.ranges import phase_start
 from hymba.experiments.settings import RunSettings, SettingsError, TrainSettings
-from hymba.experiments.tasks import Task
+from hymba.experiments.tasks import Task, make_task
 
 FIRST = "first"
 """The name of the part before the first phase."""
@@ -35,6 +35,7 @@ class Phase:
         length: tokens of a row. rows_per_step: rows of an optimizer step over all devices.
         accumulation: forward passes of a device for one step.
         weights: of the sources by name; none for a single source or a task.
+        task: of ``data.task`` with the phase's parameters; its rows have a length of their own.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Phase:
     rows_per_step: int
     accumulation: int
     weights: dict[str, float]
+    task: Task | None = None
 
     @property
     def steps(self) -> int:
@@ -59,12 +61,11 @@ class Phase:
         return {"name": self.name, "start": self.start, "length": self.length, "rows_per_step": self.rows_per_step}
 
 
-def plan_phases(settings: TrainSettings, world: int, task: Task | None = None) -> list[Phase]:
+def plan_phases(settings: TrainSettings, world: int) -> list[Phase]:
     """The run's parts in order.
 
     Args:
         world: processes, one device each.
-        task: of ``data.task``, whose rows have a length of their own.
 
     Raises:
         SettingsError: ``run.tokens_per_step`` cannot be dealt out to these processes; says what can.
@@ -74,20 +75,28 @@ def plan_phases(settings: TrainSettings, world: int, task: Task | None = None) -
     for phase in settings.phases:
         changed = _changed(settings, phase)
         parts.append((phase.name, phase_start(phase.start, settings.run.steps), changed, phase.weights or weights))
-    phases = []
+    phases: list[Phase] = []
     for i, (name, start, own, mix) in enumerate(parts):
         end = parts[i + 1][1] if i + 1 < len(parts) else settings.run.steps
+        task = None if own.data.task is None else make_task(**own.data.task)
         length = own.data.sequence_length if task is None else task.length
         accumulation = accumulation_of(own.run, length, world, where="" if i == 0 else f"phase {name!r}: ")
         rows = own.run.batch_size * accumulation * world
-        phases.append(Phase(name, own, start, end, length, rows, accumulation, mix))
+        phases.append(Phase(name, own, start, end, length, rows, accumulation, mix, task))
     return phases
+
+
+def tokens_after(phases: list[Phase], step: int) -> int:
+    """Tokens of the first ``step`` steps of a run."""
+    return sum(min(max(step - phase.start, 0), phase.steps) * phase.tokens_per_step for phase in phases)
 
 
 def _changed(settings: TrainSettings, phase: Any) -> TrainSettings:
     data, run = settings.data, settings.run
     if phase.sequence_length is not None:
         data = dataclasses.replace(data, sequence_length=phase.sequence_length)
+    if phase.task:
+        data = dataclasses.replace(data, task={**(data.task or {}), **phase.task})
     for name in ("batch_size", "activation_checkpointing"):
         if (value := getattr(phase, name)) is not None:
             run = dataclasses.replace(run, **{name: value})
@@ -165,16 +174,16 @@ def text_rows(phases: list[Phase], tokens: Mapping[str, Tokens]) -> tuple[list[R
     return found, passes
 
 
-def task_rows(phases: list[Phase], task: Task) -> list[Rows]:
+def task_rows(phases: list[Phase]) -> list[Rows]:
     """The rows of each phase of a run on a task, all of them new."""
     counts = [phase.steps * phase.rows_per_step for phase in phases]
-    whole = task.rows(phases[0].settings.run.seed, sum(counts))
-    if len(phases) == 1:
-        return [whole]
-    return [
-        LaterRows(whole, first=phase.start * phase.rows_per_step, begin=sum(counts[:i]), count=counts[i])
-        for i, phase in enumerate(phases)
-    ]
+    found: list[Rows] = []
+    for i, phase in enumerate(phases):
+        assert phase.task is not None
+        rows = phase.task.rows(phase.settings.run.seed, sum(counts))
+        first = phase.start * phase.rows_per_step
+        found.append(LaterRows(rows, first=first, begin=sum(counts[:i]), count=counts[i]) if i else rows)
+    return found
 
 
 def digest(rows: list[Rows]) -> str:

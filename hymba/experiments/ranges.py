@@ -62,9 +62,9 @@ def check_ranges(settings: TrainSettings) -> None:
         run.gradient_accumulation,
         "it follows from run.tokens_per_step; leave one of the two out",
     )
-    _check_phases(settings)
     if data.task is not None:
         make_task(**{"name": None, **data.task})
+    _check_phases(settings)
 
 
 def _check_text(text: TextSettings, key: str) -> None:
@@ -114,14 +114,28 @@ def _check_phases(settings: TrainSettings) -> None:
         length, rows = phase.sequence_length, phase.batch_size
         need(length is None or length >= 2, f"{key}.sequence_length", length, "expected at least 2 tokens")
         need(rows is None or rows >= 1, f"{key}.batch_size", rows, "expected at least 1")
+        _check_phase_task(settings.data.task, phase.task, key)
         if settings.data.task is not None:
-            need(phase.weights is None and length is None, key, phase.name, "rows of data.task stay as they are")
+            unread = phase.weights is None and length is None
+            need(unread, key, phase.name, "a phase of data.task takes weights and sequence_length from `task` alone")
         if phase.weights is not None:
             for name, weight in phase.weights.items():
                 known = ", ".join(names) or "none: name them in data.sources"
                 need(name in names, f"{key}.weights", name, f"the sources are {known}")
                 _check_weight(f"{key}.weights.{name}", weight)
             need(sum(phase.weights.values()) > 0, f"{key}.weights", phase.weights, "at least one of more than 0")
+
+
+def _check_phase_task(task: dict[str, Any] | None, changed: dict[str, Any], key: str) -> None:
+    if not changed:
+        return
+    need(task is not None, f"{key}.task", changed, "it changes parameters of data.task, and there is none")
+    assert task is not None
+    name = changed.get("name", task["name"])
+    need(name == task["name"], f"{key}.task.name", name, f"expected data.task.name, {task['name']}, or nothing")
+    has, expected = make_task(**{**task, **changed}).vocab_size, make_task(**task).vocab_size
+    advice = f"its {has} tokens have to be the {expected} of data.task; leave the vocabulary out"
+    need(has == expected, f"{key}.task", changed, advice)
 
 
 def phase_start(share: float, steps: int) -> int:

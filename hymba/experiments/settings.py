@@ -162,6 +162,8 @@ class PhaseSettings:
     sequence_length: int | None = None
     batch_size: int | None = None
     activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    task: dict[str, Any] = field(default_factory=dict)
+    """Parameters in place of those of ``data.task``, such as its length; the vocabulary stays."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields that change no tensor's shape, such as those of the rotary embedding."""
 

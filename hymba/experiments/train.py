@@ -33,7 +33,7 @@ from hymba.experiments.phases import PLAN_NAME, Phase, check_plan, digest, plan_
 from hymba.experiments.processes import first_decides, is_first, together, wait, world_size
 from hymba.experiments.resuming import DEALT, FREE, find_resume_point
 from hymba.experiments.settings import SettingsError, TrainSettings, load_settings
-from hymba.experiments.tasks import Task, make_task
+from hymba.experiments.tasks import Task
 from hymba.experiments.trainer import HymbaTrainer
 from hymba.experiments.versions import versions_of
 from hymba.memory import MemoryBytes, check_fits, training_bytes
@@ -82,8 +82,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     if settings.run.init_from is None:
         HymbaConfig(**settings.model)
     check_generation(settings.export.generation)
-    task = None if settings.data.task is None else make_task(**settings.data.task)
-    phases = plan_phases(settings, world_size(), task)
+    phases = plan_phases(settings, world_size())
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     torch.manual_seed(settings.run.seed)
@@ -91,10 +90,10 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     transformers_logging.disable_progress_bar()
     with contextlib.ExitStack() as scope:
         scope.enter_context(together(cpu=settings.run.device == "cpu" or not torch.cuda.is_available()))
-        return _run(settings, phases, task, scope)
+        return _run(settings, phases, scope)
 
 
-def _run(settings: TrainSettings, phases: list[Phase], task: Task | None, scope: contextlib.ExitStack) -> TrainResult:
+def _run(settings: TrainSettings, phases: list[Phase], scope: contextlib.ExitStack) -> TrainResult:
     # Ablations know trainings, so an import at the top would go in a circle.
     from hymba.experiments.ablation.lock import Locks
 
@@ -118,8 +117,8 @@ def _run(settings: TrainSettings, phases: list[Phase], task: Task | None, scope:
         return found
 
     checkpoint = first_decides(begin)
-    material = gather(settings, phases, task, checkpoint=checkpoint, output=output, say=say)
-    model: HymbaForCausalLM | None = build_model(settings, material.tokenizer, task)
+    material = gather(settings, phases, checkpoint=checkpoint, output=output, say=say)
+    model: HymbaForCausalLM | None = build_model(settings, material.tokenizer, material.task)
     assert model is not None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained_on = sum(phase.steps * phase.tokens_per_step for phase in phases)
@@ -140,7 +139,7 @@ def _run(settings: TrainSettings, phases: list[Phase], task: Task | None, scope:
             if step >= phase.end:
                 continue
             if i:
-                model = build_model(phase.settings, material.tokenizer, task)
+                model = build_model(phase.settings, material.tokenizer, material.task)
             assert model is not None
             step = train_phase(phase, model, material, i, output=output, checkpoint=checkpoint, stop=stop)
             # The next phase has a model and moments of its own.
@@ -172,7 +171,12 @@ def _run(settings: TrainSettings, phases: list[Phase], task: Task | None, scope:
         elif measured is not None:
             results = measured
             shown = f"; held-out accuracy: {results['accuracy']:.4f}"
-            record = {"task": settings.data.task, "seed": settings.run.seed, "step": step, "results": results}
+            record = {
+                "task": phases[-1].settings.data.task,
+                "seed": settings.run.seed,
+                "step": step,
+                "results": results,
+            }
             with checkpoints.write_failures(output):
                 checkpoints.write_text(output / RESULTS_NAME, json.dumps(record, indent=1) + "\n")
         say(f"exported: {exported}{shown}")

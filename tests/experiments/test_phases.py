@@ -15,7 +15,7 @@ import yaml
 from hymba import HymbaConfig
 from hymba.experiments.mixing import BLOCK, Mixture
 from hymba.experiments.packing import Tokens
-from hymba.experiments.phases import digest, plan_phases, text_rows
+from hymba.experiments.phases import digest, plan_phases, task_rows, text_rows, tokens_after
 from hymba.experiments.settings import SettingsError, train_settings
 from hymba.experiments.train import main
 from hymba.experiments.trainer import HymbaTrainer
@@ -42,6 +42,12 @@ def settings(world=1, **sections):
     raw = {name: {**raw.get(name, {}), **sections.get(name, {})} for name in raw}
     raw["phases"] = sections.get("phases", [])
     return train_settings(raw, where="here")
+
+
+def recall(task, **phase):
+    """Sections of a run on recall, with a phase that changes the task."""
+    easy = {"name": "mqar", "pairs": [1, 2], "length": 8, "vocabulary": 32}
+    return {"data": {"task": easy, "sources": []}, "phases": [{"name": "a", "start": 0.5, "task": task, **phase}]}
 
 
 PHASES = [
@@ -100,6 +106,12 @@ def test_a_step_that_cannot_be_dealt_out(world, rows, parts):
         ({"data": {"sources": [{"name": "a", "source": "files"}]}}, ["data.sources[0].paths", "at least one"]),
         ({"data": {"sources": [{"name": "a"}], "paths": ["x"]}}, ["data.sources take its place"]),
         ({"data": {"task": {"name": "mqar"}}}, ["data.task reads no text"]),
+        ({"phases": [{"name": "a", "start": 0.5, "task": {"length": 64}}]}, ["phases[0].task", "there is none"]),
+        (recall({"length": 6}), ["data.task.length = 6", "8 tokens"]),
+        (recall({"lenght": 16}), ["data.task.lenght", "did you mean"]),
+        (recall({"vocabulary": 16}), ["phases[0].task", "17 tokens", "33 of data.task"]),
+        (recall({"name": "copying"}), ["phases[0].task.name = 'copying'", "mqar"]),
+        (recall({}, sequence_length=8), ["phases[0]", "from `task` alone"]),
         ({"run": {"tokens_per_step": 64, "gradient_accumulation": 2}}, ["gradient_accumulation", "tokens_per_step"]),
     ],
 )
@@ -134,6 +146,18 @@ def test_a_mixture_has_its_shares_in_every_stretch_and_no_gaps(weights):
 def numbered(start, documents):
     """Documents of 7 tokens that occur once."""
     return [list(range(start + 7 * i, start + 7 * i + 7)) for i in range(documents)]
+
+
+def test_a_task_changes_from_phase_to_phase_and_no_row_comes_twice():
+    phases = plan_phases(settings(**recall({"pairs": [4], "length": 16}, batch_size=1), run={"steps": 8}), 1)
+    easy, hard = task_rows(phases)
+    assert [phase.task.pairs for phase in phases] == [(1, 2), (4,)]
+    assert [phase.tokens_per_step for phase in phases] == [16, 16]
+    assert [tokens_after(phases, step) for step in (0, 3, 8)] == [0, 48, 128]
+    seen = [easy[i] for i in range(8)] + [hard[4 + i] for i in range(4)]
+    assert [len(row["input_ids"]) for row in seen] == [8] * 8 + [16] * 4
+    assert len({tuple(row["input_ids"].tolist()) for row in seen}) == 12
+    assert digest([easy, hard]) != digest([easy, easy])
 
 
 def test_sources_go_on_between_phases_and_start_a_pass_with_another_length():
@@ -257,6 +281,32 @@ def test_every_phase_resumes_exactly(whole, config, tmp_path, monkeypatch, at):
     assert second.status == "finished"
     assert losses(tmp_path) == losses(whole.output)
     assert second.rows == whole.rows
+
+
+def test_a_run_on_a_task_is_measured_on_that_of_its_last_phase_and_resumes_exactly(tmp_path, monkeypatch):
+    sections = recall({"pairs": [4], "length": 16, "test_lengths": [32], "test_rows": 4}, batch_size=2)
+    run = {"steps": 6, "batch_size": 4, "device": "cpu", "log_every": 1, "tensorboard": False, "threads": 1}
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({"model": {**MODEL, "max_position_embeddings": 64}, "run": run, **sections}))
+    whole = main(path, [f"run.output={tmp_path / 'whole'}"])
+    assert (whole.results["pairs"], whole.results["lengths"]) == ([4], [16, 32])
+    record = json.loads((whole.output / "results.json").read_text())
+    assert (record["task"]["pairs"], record["task"]["length"]) == ([4], 16)
+    for at in (2, 5):
+        output = tmp_path / str(at)
+        overrides = [f"run.output={output}", "run.save_every=1"]
+        real = HymbaTrainer.training_step
+
+        def interrupted(self, *args, at=at, real=real, **kwargs):
+            if self.state.global_step == at - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(HymbaTrainer, "training_step", interrupted)
+        assert main(path, overrides).step == at
+        monkeypatch.undo()
+        assert main(path, overrides).rows == whole.rows
+        assert losses(output) == losses(whole.output)
 
 
 def test_what_a_run_in_phases_refuses(whole, config, tmp_path):

@@ -17,7 +17,6 @@ from hymba.experiments.ablation.plan import Plan, make_plan, vocabulary
 from hymba.experiments.ablation.settings import load_ablation
 from hymba.experiments.phases import plan_phases
 from hymba.experiments.settings import load_settings
-from hymba.experiments.tasks import make_task
 from hymba.experiments.train import check_phase
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,9 +77,8 @@ def test_every_training_builds_and_learns_a_step(path: Path) -> None:
         fields["vocab_size"] = vocabulary(settings)
     with torch.device("meta"):
         model = HymbaForCausalLM(HymbaConfig(**fields))
-    task = None if settings.data.task is None else make_task(**settings.data.task)
     for world in (1, 2):
-        for phase in plan_phases(settings, world, task):
+        for phase in plan_phases(settings, world):
             check_phase(phase, model)
     assert sum(p.numel() for p in model.parameters()) == parameters(HymbaConfig(**fields)).total
     step(fields)

@@ -8,7 +8,8 @@ from typing import Any
 
 from hymba.experiments.ablation.plan import Plan
 from hymba.experiments.ablation.table import columns, training_log
-from hymba.experiments.ablation.worker import read_log, tokens_trained_on
+from hymba.experiments.ablation.worker import read_log
+from hymba.experiments.phases import plan_phases, tokens_after
 from hymba.experiments.tasks.heat_maps import draw_heat_maps
 
 MISSING = "plots: matplotlib is not there: pip install 'hymba[plots]'"
@@ -109,16 +110,15 @@ def _metrics(plan: Plan, table: Mapping[str, Any]) -> Any:
 
 def _curves(plan: Plan) -> Any:
     """Training loss and held-out measurements over the tokens seen: mean over seeds, extremes as a band."""
-    curves: dict[tuple[str, str], dict[str, dict[int, dict[float, float]]]] = {}
+    curves: dict[tuple[str, str], dict[str, dict[int, dict[int, float]]]] = {}
     for unit in plan.units:
-        settings = unit.settings.to_dict()
-        per_step = tokens_trained_on(settings) / settings["run"]["steps"]
+        phases = plan_phases(unit.settings, 1)
         for entry in read_log(training_log(plan, unit)):
             for name in _CURVES:
                 if name in entry:
                     lines = curves.setdefault((unit.task.name, name), {})
                     points = lines.setdefault(unit.variant, {}).setdefault(unit.seed, {})
-                    points[entry["step"] * per_step] = entry[name]
+                    points[tokens_after(phases, entry["step"])] = entry[name]
     if not curves:
         return None
     order = {task.name: i for i, task in enumerate(plan.settings.tasks)}

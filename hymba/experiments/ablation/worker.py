@@ -29,7 +29,8 @@ import torch
 import hymba
 from hymba.experiments import checkpoints, train
 from hymba.experiments.ablation.plan import CONFIG, FAILURE, RESULT, TRAIN, UNIT
-from hymba.experiments.tasks import make_task
+from hymba.experiments.phases import plan_phases, tokens_after
+from hymba.experiments.settings import load_settings
 from hymba.experiments.trainer import LOG_NAME
 from hymba.experiments.versions import versions_of
 from hymba.memory import MemoryEstimateError
@@ -74,6 +75,7 @@ def work(folder: Path, unit: Mapping[str, Any]) -> dict[str, Any] | None:
     if done.status == "interrupted":
         return None
     assert done.exported is not None
+    settings = load_settings(folder / CONFIG)
     log = read_log(folder / TRAIN / LOG_NAME)
     record = json.loads((done.exported / train.RECORD_NAME).read_text(encoding="utf-8"))
     metrics = measured(record)
@@ -87,7 +89,7 @@ def work(folder: Path, unit: Mapping[str, Any]) -> dict[str, Any] | None:
         "held_out": record["held_out"],
         "parameters": done.parameters,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "tokens": tokens_trained_on(record["settings"]),
+        "tokens": tokens_after(plan_phases(settings, 1), settings.run.steps),
         "rows": done.rows,
         "seconds": time.perf_counter() - began,
         "commit": commit(),
@@ -147,15 +149,6 @@ def failure_code(error: BaseException) -> int:
     if isinstance(error, checkpoints.OutputError) or checkpoints.is_write_failure(error):
         return errno.ENOSPC
     return 1
-
-
-def tokens_trained_on(settings: Mapping[str, Any]) -> int:
-    """Tokens of all steps of a training in one process."""
-    run, data = settings["run"], settings["data"]
-    length = data["sequence_length"]
-    if data.get("task") is not None:
-        length = make_task(**data["task"]).length
-    return run["steps"] * run["batch_size"] * run["gradient_accumulation"] * length
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

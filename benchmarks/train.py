@@ -3,12 +3,15 @@
     python -m benchmarks.train                                  # 2 x 8k and 8 x 2k, both ways
     python -m benchmarks.train --shape 2x8192 --way backward --compile
     python -m benchmarks.train --shape 2x8192 --policy none selective full
-    python -m benchmarks.train --shape 2x8192 --way backward --graph   # captured once and replayed: no Python in it
+    python -m benchmarks.train --shape 2x8192 --way backward --call graph
     python -m benchmarks.train --device cpu --shape 2x64
 
 `backward`: bfloat16 parameters, forward with loss and backward, no optimizer. `step`: float32 parameters, bfloat16
-autocast, fused AdamW. Checks the loss and every gradient on a few layers against plain PyTorch first; prints no number
-when that fails. The floor is three times the forward's operations over the measured matrix rate.
+autocast, fused AdamW. On a GPU `backward` is called both ways: eagerly, as the reference was measured, where the host
+launches every kernel, and captured once as a CUDA graph and replayed, with no Python in it.
+
+Checks the loss and every gradient on a few layers against plain PyTorch first; prints no number when that fails. The
+floor is three times the forward's operations over the measured matrix rate.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from benchmarks.roofline import measured_ceilings, train
 from hymba.memory import POLICIES, training_bytes
 
 WAYS = ("backward", "step")
+CALLS = ("eager", "graph")
 
 
 def loss_and_gradients(model: Any, ids: Tensor) -> list[Tensor]:
@@ -63,6 +67,17 @@ def step_function(model: Any, ids: Tensor, way: str, device: str) -> Callable[[]
     return run_step
 
 
+def captures(device: str, way: str) -> bool:
+    """Whether a step of that way can be one CUDA graph here."""
+    return device == "cuda" and way == "backward"
+
+
+def free() -> None:
+    """Give back what the allocator keeps: a graph has a pool of its own."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -70,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument(
-        "--graph", action="store_true", help="forward and backward captured as one CUDA graph and replayed"
+        "--call", nargs="+", choices=CALLS, default=list(CALLS), help="graph: on a GPU, and of the way backward alone"
     )
     parser.add_argument(
         "--loss", choices=("fused", "logits"), default="fused", help="without the logits of all tokens, or with them"
@@ -81,8 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args(arguments)
     needs_device(args.device)
-    if args.graph and (args.device != "cuda" or args.way != ["backward"]):
-        parser.error("--graph: needs a GPU and --way backward (the step's optimizer is not captured)")
+    calls = {way: [call for call in args.call if call == "eager" or captures(args.device, way)] for way in args.way}
+    if not any(calls.values()):
+        parser.error("--call graph: needs a GPU and --way backward (the step's optimizer is not captured)")
     try:
         shapes = [(int(rows), int(length)) for rows, length in (shape.split("x") for shape in args.shape)]
     except ValueError:
@@ -99,29 +115,32 @@ def main(arguments: list[str] | None = None) -> int:
         model = build(config, device=device, dtype=dtype).train()
         model.use_fused_loss(args.loss == "fused")
         called = torch.compile(model) if args.compile else model
-        for policy, (batch, length) in itertools.product(args.policy, shapes):
+        for policy, (batch, length), call in itertools.product(args.policy, shapes, calls[way]):
             model.set_activation_checkpointing(policy)
             ids = random_ids(batch, length, config.vocab_size, device)
             run = step_function(called, ids, way, device)
             row: dict[str, Any] = {"way": way, "batch": batch, "length": length, "loss": args.loss}
-            row |= {"policy": policy, "compile": args.compile, "graph": args.graph}
+            row |= {"policy": policy, "compile": args.compile, "call": call}
             try:
                 run()
                 with peak_bytes(device) as peak:
-                    timed = graph_times(run, repeats=args.repeats) if args.graph else None
-                    seconds = spread(timed or measure(run, device, warmup=2, repeats=args.repeats))
+                    if call == "graph":
+                        seconds = spread(graph_times(run, repeats=args.repeats))
+                    else:
+                        seconds = spread(measure(run, device, warmup=2, repeats=args.repeats))
             except torch.OutOfMemoryError:
                 rows.append(row | {"out_of_memory": True})
-                print(f"{way:8} {policy:9} {batch} x {length}: out of memory", flush=True)
+                print(f"{way:8} {call:5} {policy:9} {batch} x {length}: out of memory", flush=True)
                 continue
             finally:
                 model.zero_grad(set_to_none=True)
+                free()
             row |= {"seconds": seconds, "tokens_per_s": batch * length / seconds["median"], "peak_bytes": peak.value}
             row["estimated_bytes"] = training_bytes(
                 config, batch=batch, length=length, parameter_dtype=dtype, optimizer=way == "step",
                 checkpointing=policy, fused_loss=args.loss == "fused",
             ).total  # fmt: skip
-            line = f"{way:8} {policy:9} {batch} x {length}: {row['tokens_per_s']:8,.0f} tok/s, "
+            line = f"{way:8} {call:5} {policy:9} {batch} x {length}: {row['tokens_per_s']:8,.0f} tok/s, "
             line += f"{1e3 * seconds['median']:.1f} ms ({1e3 * seconds['p10']:.1f} to {1e3 * seconds['p90']:.1f}), "
             line += f"peak {peak.value / 2**30:.2f} GiB "
             line += f"(estimated {row['estimated_bytes'] / 2**30:.2f})"
@@ -132,8 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(line, flush=True)
             rows.append(row)
         del model, called, run
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
+        free()
     facts = {} if ceilings is None else ceilings.to_dict()
     report("train", rows, model="hymba", layers=len(config.layers), errors=errors, **facts)
     return 0

@@ -46,11 +46,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    text = tmp_path_factory.mktemp("text")
-    for i in range(10):
-        body = f"def function_{i}(x, y):\n    return x * {i} + y\n\n\n" * (2 + i)
-        (text / f"module_{i}.py").write_text(body, encoding="utf-8")
+def config(text, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "train.yaml"
     settings = {**SETTINGS, "data": {**SETTINGS["data"], "paths": [str(text)]}}
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")

@@ -2,136 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import http.client
 import importlib
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_checkpoint import llama_tokenizer, tiny_checkpoint, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList
+from ecosystem.server import CONTEXT, NAME, Script, Served, alone, content, error_of, joined, running, turn, until
+from transformers import LogitsProcessorList
 from typer.testing import CliRunner
 
-from hymba import HymbaForCausalLM
-from hymba.chat import Conversation, Detokenizer, generation_settings, released_template
+from hymba.chat import Detokenizer, released_template
 from hymba.cli import app
 from hymba.commands import serve as command
-from hymba.inputs import InputError
 
-if not all(map(find_spec, command._NEEDED)):
-    pytest.skip("needs the extra serve", allow_module_level=True)
-
-import openai
-import uvicorn
+openai = pytest.importorskip("openai", reason="needs the extra serve")
 
 ROOT = Path(__file__).parents[2]
-CONTEXT = 320
-NAME = "tiny"
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
 
 
-@dataclass
-class Served:
-    """A running server, and what it serves, to compare with."""
-
-    port: int
-    model: HymbaForCausalLM
-    tokenizer: Any
-    client: openai.OpenAI
-
-    def chat(self, text: str = "Hello", **options: Any) -> Any:
-        options = {"max_tokens": 12, **options}
-        return self.client.chat.completions.create(model=NAME, messages=turn(text), **options)
-
-    def post(self, path: str, body: bytes, kind: str = "application/json") -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        with contextlib.closing(connection):
-            connection.request("POST", path, body, {"Content-Type": kind})
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-
-def turn(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-def content(answer: Any) -> str:
-    return answer.choices[0].message.content
-
-
-def joined(stream: Any) -> str:
-    """The text of a streamed chat."""
-    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-
-
-def error_of(call: Callable[[], Any], kind: type[openai.APIStatusError]) -> dict[str, Any]:
-    with pytest.raises(kind) as raised:
-        call()
-    return raised.value.body
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """`hymba serve` itself, on a thread."""
-    folder = tiny_checkpoint(
-        tmp_path_factory.mktemp("serve") / NAME,
-        llama_tokenizer(),
-        max_position_embeddings=CONTEXT,
-        orig_max_position_embeddings=CONTEXT,
-    )
-    made: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        load, server = command.load, uvicorn.Server
-        patch.setattr(command, "load", lambda *a, **k: made.append(load(*a, **k)) or made[-1])
-        patch.setattr(uvicorn, "Server", lambda config: made.append(server(config)) or made[-1])
-        thread = threading.Thread(
-            target=lambda: CliRunner().invoke(app, ["serve", str(folder), "--port", str(port), "--device", "cpu"]),
-            daemon=True,
-        )
-        thread.start()
-        until(lambda: len(made) == 2 and made[1].started, seconds=60)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-        yield Served(port, *made[0], client)
-        made[1].should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-
-
-class Script(LogitsProcessor):
-    """Makes the model say given ids, an exception in place of an id is raised."""
-
-    def __init__(self, ids: list[Any]) -> None:
-        self.ids = iter(ids)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = next(self.ids)
-        if isinstance(token, Exception):
-            raise token
-        return torch.full_like(scores, -torch.inf).index_fill_(-1, torch.tensor([token]), 0.0)
+    with running(tmp_path_factory.mktemp("serve") / NAME) as found:
+        yield found
 
 
 @pytest.fixture
@@ -151,15 +52,6 @@ def say(served: Served, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[d
         return seen
 
     return script
-
-
-def alone(served: Served, text: str, tokens: int = 12, **options: Any) -> str:
-    """The answer of a conversation without a server."""
-    chat = Conversation(served.model, served.tokenizer, **options)
-    settings = generation_settings(served.model, served.tokenizer, do_sample=False, max_new_tokens=tokens)
-    pieces: list[str] = []
-    chat.send(text, settings=settings, on_text=pieces.append)
-    return "".join(pieces)
 
 
 # Answers.
@@ -396,38 +288,6 @@ def test_a_client_that_leaves_in_its_request(served: Served) -> None:
     assert content(served.chat()) == alone(served, "Hello")
 
 
-def test_a_server_that_ends_cancels_what_it_does() -> None:
-    from hymba.serving.app import Gate
-
-    events: list[str] = []
-
-    async def endless(*_: Any) -> None:
-        try:
-            events.append("begun")
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            events.append("cancelled")
-            raise
-
-    async def receive() -> dict[str, Any]:
-        if "read" in events:
-            await asyncio.sleep(60)
-        events.append("read")
-        return {"type": "http.request", "body": b"{}"}
-
-    async def run() -> None:
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
-        task = asyncio.ensure_future(Gate(endless, NAME)(scope, receive, None))
-        while "begun" not in events:
-            await asyncio.sleep(0)
-        task.cancel()
-        await task
-        await asyncio.sleep(0)
-
-    asyncio.run(run())
-    assert events == ["read", "begun", "cancelled"]
-
-
 # Refusals.
 
 
@@ -584,13 +444,3 @@ def test_the_benchmark(
     with pytest.raises(SystemExit, match="no number"):
         benchmark.main([*options, "--tokens", "1"])
     assert "tokens/s" not in capsys.readouterr().out
-
-
-def test_names() -> None:
-    assert command._name(None) == "hymba"
-    assert command._name("nvidia/Hymba-1.5B-Base") == "nvidia/Hymba-1.5B-Base"
-
-
-def test_continuous_batching_is_refused_by_the_model_too() -> None:
-    with pytest.raises(InputError, match="no place for"):
-        tiny_model(llama_tokenizer()).generate_batch(inputs=[[5, 6]])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,3 +202,9 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
     wrong = {name: relative(found[name], expected[name]) for name in expected}
     wrong = {name: error for name, error in wrong.items() if not error <= tolerance}
     assert not wrong, wrong
+
+
+def losses_of(output: str | Path) -> list[tuple[int, float, float, float]]:
+    """Step, loss, gradient norm and learning rate of each entry in a training's log."""
+    entries = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries if "loss" in e]

@@ -68,8 +68,14 @@ def plan_phases(settings: TrainSettings, world: int) -> list[Phase]:
         world: processes, one device each.
 
     Raises:
-        SettingsError: ``run.tokens_per_step`` cannot be dealt out to these processes; says what can.
+        SettingsError: ``run.tokens_per_step`` cannot be dealt out to these processes (says what can), or several are
+            to replay a CUDA graph.
     """
+    if settings.run.cuda_graph and world > 1:
+        raise SettingsError(
+            f"run.cuda_graph = True: {world} processes exchange gradients between the kernels; allowed: one process, "
+            "or leave run.cuda_graph out"
+        )
     weights = {source.name: source.weight for source in settings.data.sources}
     parts = [(FIRST, 0, settings, weights)]
     for phase in settings.phases:

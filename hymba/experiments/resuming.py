@@ -17,7 +17,7 @@ from hymba.experiments.settings import SettingsError, TrainSettings
 FREE = frozenset(
     "run.output run.threads run.log_every run.save_every run.keep_checkpoints run.evaluate_every run.evaluate_bytes "
     "run.tensorboard run.resume run.activation_checkpointing run.gradient_checkpointing run.distributed run.reshard "
-    "run.compile phases.activation_checkpointing".split()
+    "run.compile run.cuda_graph phases.activation_checkpointing".split()
 )
 DEALT = frozenset("run.batch_size run.gradient_accumulation run.tokens_per_step phases.batch_size".split())
 """How the rows of a step are dealt out, which a run may change as long as its plan says how many they are."""

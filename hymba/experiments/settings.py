@@ -117,6 +117,9 @@ class RunSettings:
     """CPU threads; 0 leaves torch's choice."""
     compile: bool = False
     """Compile each layer with ``torch.compile``; selective activation checkpointing is then the compiler's choice."""
+    cuda_graph: bool = False
+    """Replay forward and backward as one CUDA graph, for one process with a GPU: for models so small that the host's
+    launches of kernels take longer than the kernels. Without a GPU it changes nothing."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Of ``HymbaModel.set_activation_checkpointing``: less memory for more work, the same numbers."""
     gradient_checkpointing: bool = False

@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from hymba.experiments import checkpoints, sharding
+from hymba.experiments import captured, checkpoints, sharding
 from hymba.experiments.callbacks import Meter
+from hymba.experiments.captured import Batch, CapturedStep
 from hymba.experiments.optimization import build_optimizer, build_scheduler
 from hymba.experiments.packing import Rows, collate
 from hymba.experiments.phases import Phase
@@ -30,6 +31,8 @@ from hymba.model import HymbaForCausalLM
 
 LOG_NAME = "log.jsonl"
 _PENDING = "pending_losses.json"
+_TARGETS = "num_items_in_batch"
+"""transformers' name for the number of targets of an optimizer step."""
 
 
 def common_arguments(run: Any, optimizer: Any, output: Path) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class RecordedTrainer(Trainer):
     # The loss record.
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+        loss = self._forward_and_backward(*args, **kwargs)
         # Kept as tensors: reading them here would make an accelerator wait at every step.
         part = loss.detach().float()
         if self._open:
@@ -129,6 +132,9 @@ class RecordedTrainer(Trainer):
             self._pending.append(part)
         self._open = not self.accelerator.sync_gradients
         return loss
+
+    def _forward_and_backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs)
 
     def _step_losses(self) -> Tensor:
         """(steps,) float32 on the CPU: the loss of each step since the last log entry, the mean over all processes."""
@@ -240,6 +246,8 @@ class HymbaTrainer(RecordedTrainer):
     ) -> None:
         settings, self.phase = phase.settings, phase
         self._record(settings, output)
+        self._captures = settings.run.cuda_graph and captured.available(settings.run.device)
+        self._captured: CapturedStep | None = None
         # A compiler decides by itself what backward makes again, short of whole layers.
         chosen = settings.run.checkpointing
         model.set_activation_checkpointing("none" if settings.run.compile and chosen == "selective" else chosen)
@@ -268,6 +276,25 @@ class HymbaTrainer(RecordedTrainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         # Over the whole run, of which the phase that Trainer knows is a part.
         return super().create_scheduler(self.settings.run.steps, optimizer)
+
+    def _forward_and_backward(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if not self._captures:
+            return super()._forward_and_backward(model, inputs, num_items_in_batch)
+        plain = super()._forward_and_backward
+
+        def step(batch: Batch) -> Tensor:
+            inputs = dict(batch)
+            return plain(model, inputs, inputs.pop(_TARGETS, None))
+
+        if self._captured is None:
+            accumulates = self.phase.accumulation > 1
+            self._captured = CapturedStep(step, self.model.parameters(), accumulates=accumulates)
+        batch = self._prepare_inputs(inputs)
+        if num_items_in_batch is not None:
+            batch |= {_TARGETS: torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        return self._captured(batch)
 
     def _distribute(self) -> None:
         run = self.settings.run

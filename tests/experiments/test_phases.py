@@ -6,11 +6,11 @@ import json
 import os
 import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import losses_of
 
 from hymba import HymbaConfig
 from hymba.experiments.mixing import BLOCK, Mixture
@@ -241,15 +241,10 @@ def whole(config, tmp_path_factory):
     return result
 
 
-def losses(output):
-    entries = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries if "loss" in e]
-
-
 def test_a_run_in_phases_has_one_schedule_and_ends_with_the_last_context(whole):
     assert (whole.status, whole.step) == ("finished", 10)
-    assert [step for step, *_ in losses(whole.output)] == list(range(1, 11))
-    rates = [rate for *_, rate in losses(whole.output)]
+    assert [step for step, *_ in losses_of(whole.output)] == list(range(1, 11))
+    rates = [rate for *_, rate in losses_of(whole.output)]
     assert rates[:8] == [rates[0]] * 8 and rates[8] < rates[0] and rates[9] == pytest.approx(3e-5)
     exported = HymbaConfig.from_pretrained(whole.exported)
     assert (exported.max_position_embeddings, exported.rope_type) == (96, "ntk")
@@ -279,7 +274,7 @@ def test_every_phase_resumes_exactly(whole, config, tmp_path, monkeypatch, at):
     monkeypatch.undo()
     second = main(config, overrides)
     assert second.status == "finished"
-    assert losses(tmp_path) == losses(whole.output)
+    assert losses_of(tmp_path) == losses_of(whole.output)
     assert second.rows == whole.rows
 
 
@@ -306,7 +301,7 @@ def test_a_run_on_a_task_is_measured_on_that_of_its_last_phase_and_resumes_exact
         assert main(path, overrides).step == at
         monkeypatch.undo()
         assert main(path, overrides).rows == whole.rows
-        assert losses(output) == losses(whole.output)
+        assert losses_of(output) == losses_of(whole.output)
 
 
 def test_what_a_run_in_phases_refuses(whole, config, tmp_path):

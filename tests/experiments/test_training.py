@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import losses_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -77,11 +78,6 @@ def whole(config, tmp_path_factory):
     return main(config, [f"run.output={output}", "run.evaluate_every=4", "run.tensorboard=true"])
 
 
-def losses(output):
-    entries = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in entries if "loss" in e]
-
-
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
@@ -119,7 +115,7 @@ def test_a_run_ends_with_a_checkpoint_in_the_released_layout(whole, config):
 
 def test_the_log_and_the_checkpoints_that_are_kept(whole):
     entries = [json.loads(line) for line in (whole.output / "log.jsonl").read_text().splitlines()]
-    assert [step for step, *_ in losses(whole.output)] == [3, 6]
+    assert [step for step, *_ in losses_of(whole.output)] == [3, 6]
     assert [e["step"] for e in entries if "bits_per_byte" in e] == [4]
     assert all(e["tokens_per_second"] > 0 for e in entries if "loss" in e)
     assert [path.name for path in complete_checkpoints(whole.output)] == ["checkpoint-6", "checkpoint-8"]
@@ -153,7 +149,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(whole, config, tmp_pa
 
     result = main(config, [f"run.output={tmp_path}", "run.save_every=3"])
     assert result.status == "finished"
-    assert losses(tmp_path) == losses(whole.output)
+    assert losses_of(tmp_path) == losses_of(whole.output)
     assert same(weights(result.checkpoint), weights(whole.checkpoint))
 
 
@@ -207,7 +203,7 @@ def test_kill_9_in_training_and_in_saving(whole, config, tmp_path, where, surviv
 
     result = main(config, [f"run.output={output}"])
     assert result.status == "finished"
-    assert losses(output) == losses(whole.output)
+    assert losses_of(output) == losses_of(whole.output)
     assert same(weights(result.checkpoint), weights(whole.checkpoint))
     assert not list(output.glob(".writing-*"))
 
@@ -331,7 +327,7 @@ def test_options_of_a_run(whole, config, tmp_path):
     assert model.generation_config.repetition_penalty == 1.3
     assert "is_local" not in json.loads((result.exported / "tokenizer_config.json").read_text())
     # It went on from trained weights: a fresh model starts near ln(280) = 5.6.
-    assert losses(result.output)[0][1] < losses(whole.output)[0][1]
+    assert losses_of(result.output)[0][1] < losses_of(whole.output)[0][1]
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bits_per_byte.py"
@@ -359,7 +355,7 @@ def test_the_script_prints_the_exported_figure_and_the_n_gram(whole, monkeypatch
 @pytest.mark.parametrize("option", ["gradient_checkpointing=true", "activation_checkpointing=selective"])
 def test_checkpointing_changes_no_number(whole, config, tmp_path, option):
     result = main(config, [f"run.output={tmp_path}", f"run.{option}", "export.evaluate=false"])
-    for one, other in zip(losses(result.output), losses(whole.output), strict=True):
+    for one, other in zip(losses_of(result.output), losses_of(whole.output), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 

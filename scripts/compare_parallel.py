@@ -1,7 +1,7 @@
 """One process, several with DDP and several with FSDP2: the same losses, and what the additional devices bring.
 
     python scripts/compare_parallel.py                      # two GPUs, or two processes on a CPU
-    python scripts/compare_parallel.py --processes 4 --model configs/model/hymba-1.5b.yaml
+    python scripts/compare_parallel.py --processes 4 --model configs/model/hymba-350m.yaml --length 2048 --batch-size 8
 
 Each way of training is started once with torchrun and does three trainings on the same rows: a small model in float32
 whose losses are compared, then the model of `--model` with a constant batch per device (weak scaling) and with a
@@ -39,12 +39,12 @@ def arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="of DDP and FSDP2")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    model = ROOT / "configs" / "model" / ("hymba-350m.yaml" if on_gpu else "tiny.yaml")
+    model = ROOT / "configs" / "model" / ("hymba-1.5b.yaml" if on_gpu else "tiny.yaml")
     parser.add_argument("--model", type=Path, default=model, help="YAML file of the model to time")
-    parser.add_argument("--length", type=int, default=2048 if on_gpu else 128, help="tokens of a row")
-    parser.add_argument("--batch-size", type=int, default=8 if on_gpu else 2, help="rows of a device")
-    parser.add_argument("--steps", type=int, default=20 if on_gpu else 4, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=8 if on_gpu else 2, help="steps before them")
+    parser.add_argument("--length", type=int, default=8192 if on_gpu else 128, help="tokens of a row")
+    parser.add_argument("--batch-size", type=int, default=2, help="rows of a device")
+    parser.add_argument("--steps", type=int, default=12 if on_gpu else 4, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=4 if on_gpu else 2, help="steps before them")
     parser.add_argument("--compile", action="store_true", help="compile each layer")
     parser.add_argument("--no-timing", action="store_true", help="losses only")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -198,7 +198,10 @@ def train(args: argparse.Namespace, model: dict[str, Any], length: int, run: dic
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     clock = Clock()
-    network = HymbaForCausalLM(HymbaConfig(**model)).float()
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    # Random numbers for 1.5B parameters take a CPU half a minute.
+    with torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu"):
+        network = HymbaForCausalLM(HymbaConfig(**model)).float()
     rows = RandomRows(phase.end * phase.rows_per_step)
     trainer = Unsaved(network, phase, rows, output=output, tokenizer=None, callbacks=[clock])
     trainer.resume(None)

@@ -177,6 +177,13 @@ def pad(rows: Sequence[Tensor], *, side: str = "left", value: int = 0) -> tuple[
     return ids, mask
 
 
+def padded_ids() -> tuple[Tensor, Tensor]:
+    """(3, 13) token ids and their mask: rows of three lengths, padded on the left, the longest with a hole."""
+    ids, mask = pad([some_ids(1, n, seed=n)[0] for n in (9, 4, 13)])
+    mask[2, 5] = 0
+    return ids, mask
+
+
 def largest(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference; shapes must agree."""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"

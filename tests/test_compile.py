@@ -1,4 +1,4 @@
-"""`torch.compile` of training: one graph, the same numbers, and few compilations whatever the lengths."""
+"""`torch.compile`: one graph, the same numbers, and in training few compilations whatever the lengths."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_gradients, build, gradients, some_ids
-from tolerances import FLOAT64_GRADIENT
+from helpers import assert_same_gradients, build, gradients, largest, padded_ids, some_ids
+from tolerances import FLOAT32, FLOAT64_GRADIENT
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
@@ -61,3 +61,21 @@ def test_lengths_do_not_recompile() -> None:
         loss = compiled(**inputs).loss
         assert float(loss.detach()) == pytest.approx(float(model(**inputs).loss.detach()), rel=1e-5)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_whole(training: bool) -> None:
+    """One graph, without a cache: the forward has no host sync and no control flow on values."""
+    layers = {"num_hidden_layers": 2, "global_attn_idx": None, "kv_reuse_group": [[0, 1]]}
+    model = build(**layers, dtype=torch.float32).train(training)
+    ids, mask = padded_ids()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.set_grad_enabled(training):
+        found = compiled(ids, attention_mask=mask, labels=ids, use_cache=False)
+        want = model(ids, attention_mask=mask, labels=ids, use_cache=False)
+        assert largest(found.logits, want.logits) <= FLOAT32
+        if training:
+            found.loss.backward()
+            grads = gradients(model)
+            want.loss.backward()
+            assert_same_gradients(grads, gradients(model), 1e-4)

@@ -1,7 +1,8 @@
-"""What is handed from layer to layer follows to another device: states, spans, shared keys and values, masks."""
+"""What is handed from layer to layer follows to another device, and a model that is spread out gives the same."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from helpers import build, largest, pad, small_config, some_ids
+from helpers import VOCAB, build, largest, pad, padded_ids, small_config, some_ids
 from tolerances import FLOAT32
 from torch import Tensor
 
-from hymba import HymbaCache, HymbaForCausalLM
+from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
 from hymba.nn import Collected, KVState, LayerState, SharedKV, Span
 from hymba.ops.masks import Visibility
 
@@ -72,6 +73,59 @@ def test_layers_of_a_device_share_a_span() -> None:
 def test_what_is_collected_is_not_copied() -> None:
     collected = Collected()
     assert send_to_device((collected,), torch.device("meta"))[0] is collected
+
+
+def _with_borrowing() -> HymbaConfig:
+    return small_config(num_hidden_layers=6, kv_reuse_group=[[1, 2, 4], [3, 5]], tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("elsewhere", ["disk", "cpu offload hooks"])
+def test_offloading_with_a_borrowing_layer_elsewhere(tmp_path: Path, elsewhere: str) -> None:
+    """Layers on disk or behind accelerate's hooks, lenders and borrowers apart: same outputs, caches, weights seen."""
+    model = build(_with_borrowing(), dtype=torch.float32)
+    ids, mask = padded_ids()
+    want = model(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=None)
+    if elsewhere == "disk":
+        model.save_pretrained(tmp_path / "model")
+        places = {"model.embed_tokens": "cpu", "model.meta_tokens": "cpu", "model.final_norm": "cpu", "lm_head": "disk"}
+        places |= {f"model.layers.{i}": "disk" if i in (2, 3) else "cpu" for i in range(6)}
+        spread = HymbaForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+        )
+        assert spread.model.layers[2].mixer.in_proj.weight.is_meta
+    else:
+        from accelerate import cpu_offload
+
+        spread = build(_with_borrowing(), dtype=torch.float32)
+        cpu_offload(spread, execution_device=torch.device("cpu"))
+    out = spread(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    assert largest(out.logits, want.logits) <= FLOAT32
+    for a, b in zip(out.attentions, want.attentions, strict=True):
+        assert largest(a, b) <= FLOAT32
+    for options in ({}, {"cache_implementation": "static"}, {"num_beams": 1, "use_cache": False}):
+        again = spread.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=None, **options)
+        assert torch.equal(again, tokens)
+
+
+def test_device_map_auto(tmp_path: Path) -> None:
+    model = build(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = HymbaForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(loaded(some_ids(1, 9)).logits, model(some_ids(1, 9)).logits)
+
+
+def test_layers_on_two_devices() -> None:
+    """Shapes only, on devices without arithmetic: what a layer hands to another one follows it."""
+    from accelerate import dispatch_model
+
+    model = build(_with_borrowing(), dtype=torch.float32).to("meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        places = [f"model.layers.{i}" for i in range(6)]
+        places += ["model.embed_tokens", "model.meta_tokens", "model.final_norm", "lm_head"]
+        dispatch_model(model, dict.fromkeys(places, "meta"), main_device="meta", force_hooks=True)
+    assert model(torch.zeros(2, 7, dtype=torch.long, device="meta")).logits.shape == (2, 7, VOCAB)
 
 
 ACCELERATORS = torch.accelerator.device_count() if torch.accelerator.is_available() else 0

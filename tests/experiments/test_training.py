@@ -47,22 +47,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(10):
-        body = f"def function_{i}(x, y):\n    return x * {i} + y\n\n\n" * (2 + i)
-        (folder / f"module_{i}.py").write_text(body, encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def config(text, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "train.yaml"

@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -88,32 +90,45 @@ class StopOnSignal(TrainerCallback):
 
 
 class Meter(TrainerCallback):
-    """Time spent in training steps, without what saving and measuring take."""
+    """Seconds of training: steps and fetching their rows, until the device is done with them."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started: float | None = None
+        self._seconds = 0.0
+        self._since: float | None = None
 
     def take(self) -> float:
-        """Seconds since the last call; starts counting anew."""
-        seconds, self.seconds = self.seconds, 0.0
+        """Seconds since the last call, without those paused."""
+        with self.paused():
+            seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count; ``paused()`` also wraps a function. Waits for the device on entering."""
+        counting = self._since is not None
+        self._stop()
+        yield
+        if counting:
+            self._since = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-            self._started = None
+    def _stop(self) -> None:
+        if self._since is None:
+            return
+        if torch.cuda.is_initialized():
+            # The host asks for a step and goes on, so that by its clock alone steps would take no time.
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
 
-    def on_step_begin(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.__enter__()
+        self._since = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.__exit__()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
 
 
 class Progress(TrainerCallback):

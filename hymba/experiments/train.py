@@ -214,7 +214,9 @@ def train_phase(
         measured_by = held_out_measure(phase.settings, material, trainer.model)
         if measured_by is not None:
             name, measure = measured_by
-            trainer.add_callback(HeldOut(run.evaluate_every, measure, trainer.log, name, run.steps))
+            trainer.add_callback(
+                HeldOut(run.evaluate_every, trainer.meter.paused()(measure), trainer.log, name, run.steps)
+            )
     trainer.resume(checkpoint)
     step: int = trainer.state.global_step
     trainer.accelerator.free_memory()

@@ -42,6 +42,7 @@ def common_arguments(run: Any, optimizer: Any, output: Path) -> dict[str, Any]:
         run, optimizer: those sections of a training's or a fine-tuning's settings.
         output: the run's folder.
     """
+    on_gpu = torch.cuda.is_available() and run.device != "cpu"
     return {
         "output_dir": str(output),
         "per_device_train_batch_size": run.batch_size,
@@ -56,7 +57,9 @@ def common_arguments(run: Any, optimizer: Any, output: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "seed": run.seed,
-        "dataloader_pin_memory": torch.cuda.is_available() and run.device != "cpu",
+        "dataloader_pin_memory": on_gpu,
+        # The next rows are made while the device is at work on these.
+        "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": False,
     }
 
@@ -149,9 +152,7 @@ class RecordedTrainer(Trainer):
             # Trainer's closing summary: it repeats the entries and counts only this process' steps.
             return
         if "loss" in logs:
-            # Reading them waits for what an accelerator has still to do of these steps.
-            with self.meter:
-                losses = self._step_losses()
+            losses = self._step_losses()
             self._pending = []
             logs["loss"] = float(losses.sum()) / len(losses)
             seconds = self.meter.take()
@@ -190,6 +191,10 @@ class RecordedTrainer(Trainer):
         target = self.output / f"checkpoint-{self.state.global_step}"
         if checkpoints.is_complete(target):
             return
+        with self.meter.paused():
+            self._write_checkpoint(target, main)
+
+    def _write_checkpoint(self, target: Path, main: bool) -> None:
         weights = None if self._sharded is None else sharding.model_state(self.model, keep=main)
         optimizer = sharding.optimizer_state(self.model, self._own_optimizer, keep=main)
         losses = self._step_losses().tolist() if self._pending else []

@@ -165,7 +165,7 @@ def _run(settings: FinetuneSettings, output: Path, first: bool, say: Callable[..
         trainer.add_callback(TensorBoard(output / "tensorboard"))
     if settings.run.evaluate_every and trainer.eval_dataset is not None:
         name, follow = measurer.followed()
-        trainer.add_callback(HeldOut(settings.run.evaluate_every, follow, trainer.log, name))
+        trainer.add_callback(HeldOut(settings.run.evaluate_every, trainer.meter.paused()(follow), trainer.log, name))
     with stop:
         trainer.resume(checkpoint)
         trainer.accelerator.wait_for_everyone()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from hymba.experiments import callbacks
 from hymba.experiments.settings import SettingsError, load_settings
 from hymba.experiments.tasks import make_task
+from hymba.experiments.tasks.base import TaskRows
+from hymba.experiments.tasks.mqar import MQAR
 from hymba.experiments.train import main
 from hymba.experiments.trainer import HymbaTrainer
 
@@ -65,6 +70,30 @@ def test_the_log_counts_the_tasks_tokens_and_its_accuracy(whole):
     assert [step for step, _ in entries(whole.output, "loss")] == [3, 6]
     assert [step for step, _ in entries(whole.output, "accuracy")] == [4]
     assert all(rate > 0 for _, rate in entries(whole.output, "tokens_per_second"))
+
+
+def test_speed_counts_rows_and_waiting_for_the_device_but_no_measuring_or_saving(config, tmp_path, monkeypatch):
+    now = 0.0
+
+    def takes(seconds, real):
+        def slow(*args, **kwargs):
+            nonlocal now
+            now += seconds
+            return real(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=time.monotonic))
+    monkeypatch.setattr(TaskRows, "__getitem__", takes(1.0, TaskRows.__getitem__))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    # The device is asked at each pause, and has work of a hundred seconds left.
+    monkeypatch.setattr(torch.cuda, "synchronize", takes(100.0, lambda: None))
+    monkeypatch.setattr(HymbaTrainer, "_write_checkpoint", takes(10_000.0, HymbaTrainer._write_checkpoint))
+    monkeypatch.setattr(MQAR, "evaluate", takes(10_000.0, MQAR.evaluate))
+    output = main(config, [f"run.output={tmp_path}"]).output
+    seconds = [3 * 4 * 12 / rate for _, rate in entries(output, "tokens_per_second")]
+    # Saved after step 2, logged after 3; measured and saved after 4, logged after 6. The loader is a batch ahead.
+    assert seconds == pytest.approx([14 + 2 * 100, 10 + 3 * 100])
 
 
 def test_an_interrupted_run_goes_on_with_the_rows_it_would_have_seen(whole, config, tmp_path, monkeypatch):

@@ -47,9 +47,9 @@ def _scan(
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, lengths, seq_idx)
     if backend.wants_kernel(OP, kernel, forced):
         try:
-            from .triton import scan
+            from .triton import scan_slices
 
-            return scan.forward(inputs, chunk, save)
+            return scan_slices.forward(inputs, chunk, save)
         except Exception as error:
             backend.kernel_failed(OP, kernel, error, was_forced=forced)
     return scan_chunked.forward(inputs, chunk, save)
@@ -87,9 +87,9 @@ def _scan_backward(
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, lengths, seq_idx)
     if backend.wants_kernel(OP, kernel, forced):
         try:
-            from .triton import scan_backward
+            from .triton import scan_slices
 
-            return scan_backward.backward(dy, dfinal, inputs, states, chunk)
+            return scan_slices.backward(dy, dfinal, inputs, states, chunk)
         except Exception as error:
             backend.kernel_failed(OP, kernel, error, was_forced=forced)
     return scan_chunked.backward(dy, dfinal, inputs, states, chunk)

@@ -47,9 +47,11 @@ def _exact(case):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-@pytest.mark.parametrize("options", [0, 3], ids=["plain", "cut-and-packed"])
-def test_selective_scan(dtype, tolerance, options):
-    case = _on_gpu(scan_case(2, LENGTH, WIDTH, STATES, dtype=dtype))
+@pytest.mark.parametrize(
+    ("options", "states"), [(0, STATES), (3, STATES), (3, 4 * STATES)], ids=["plain", "cut-and-packed", "many-states"]
+)
+def test_selective_scan(dtype, tolerance, options, states):
+    case = _on_gpu(scan_case(2, LENGTH, WIDTH, states, dtype=dtype))
     keywords = {k: v.to("cuda") for k, v in list(row_options(2, LENGTH))[options].items()}
     want = with_gradients(selective_scan, _exact(case), backend="reference", **keywords)
     for backend in _usable("selective_scan"):

@@ -1,16 +1,17 @@
 """Compile every kernel launch of the package for a GPU that need not be there, and print what each one uses.
 
-    python tests/ops/compile_kernels.py 90 [--quick]
+    python tests/ops/compile_kernels.py 90 [--quick] [--states 64]
 
 The wrappers run on small CPU tensors whose strides are those of the release, and every launch stops after ptxas. Says
 nothing about values, which the interpreter's tests hold; it finds what only the compiler refuses, and spills.
+`--states` is how many a channel of the selective scan has.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from itertools import product
 from typing import Any
@@ -84,7 +85,7 @@ def check_lanes(ttgir: str) -> None:
                 assert definition and "threadsPerWarp = [1, 1, 32, 1]" in definition[1], definition
 
 
-def main(capability: int, quick: bool) -> None:
+def main(capability: int, quick: bool, states: int) -> None:
     drivers.set_active(_Absent(capability))
     seen: set[str] = set()
 
@@ -103,7 +104,7 @@ def main(capability: int, quick: bool) -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    b, l, d, n, k = 2, 32, 3200, 16, 4
+    b, l, d, n, k = 2, 32, 3200, states, 4
     for dtype, rich, packed in (
         [(torch.bfloat16, True, False)]
         if quick
@@ -233,4 +234,8 @@ def fused(projected: torch.Tensor, x: torch.Tensor, other: torch.Tensor, rich: b
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--quick" in sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("--quick", action="store_true", help="bfloat16 alone, with every option")
+    parser.add_argument("--states", type=int, default=16)
+    main(**vars(parser.parse_args()))

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from hymba.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, use_backend
 from hymba.ops.scan_inputs import ScanInputs
-from hymba.ops.triton import scan
+from hymba.ops.triton import scan, scan_slices
 
 FLOAT32 = 2e-6
 BFLOAT16 = 1e-2
@@ -39,6 +39,18 @@ def test_scan(option):
     # Two segments of two forward and four backward chunks, the last ones cut; two channel blocks, the last cut.
     case = scan_case(2, 21, 5, 3, states=1 + option % 2, dtype=torch.float32)
     compare(selective_scan, case, FLOAT32, **list(row_options(2, 21))[option])
+
+
+@pytest.mark.parametrize("option", range(4))
+def test_scan_with_more_states_than_registers_hold(monkeypatch, option):
+    monkeypatch.setattr(scan_slices, "MOST_STATES", 2)
+    case = scan_case(2, 18, 5, 5, states=1 + option % 2, dtype=torch.float32)
+    compare(selective_scan, case, FLOAT32, **list(row_options(2, 18))[option])
+
+
+def test_forty_states_with_nothing_optional():
+    case = scan_case(1, 9, 4, 40, states=0, dtype=torch.bfloat16) | {"D": None, "z": None, "dt_bias": None}
+    compare(selective_scan, case, BFLOAT16)
 
 
 def test_scan_with_nothing_optional():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hymba.experiments.processes import uses_gpu
 from hymba.experiments.settings import SettingsError
 
 Batch = Mapping[str, Tensor]
@@ -20,7 +21,7 @@ Step = Callable[[Batch], Tensor]
 
 def available(device: str) -> bool:
     """Whether steps with ``run.device`` can be captured on this machine."""
-    return device != "cpu" and torch.cuda.is_available()
+    return uses_gpu(device)
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:  # pragma: gpu

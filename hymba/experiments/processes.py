@@ -48,6 +48,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether ``run.device`` means a GPU on this machine."""
+    return device != "cpu" and torch.cuda.is_available()
+
+
 @contextlib.contextmanager
 def together(*, cpu: bool) -> Iterator[None]:
     """Connect the processes, and part them again; nothing happens for a single one.

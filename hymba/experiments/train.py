@@ -30,7 +30,7 @@ from hymba.experiments.bits import Bits, bits_per_byte
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
 from hymba.experiments.material import Material, gather, held_out_measure
 from hymba.experiments.phases import PLAN_NAME, Phase, check_plan, digest, plan_phases, write_plan
-from hymba.experiments.processes import first_decides, is_first, together, wait, world_size
+from hymba.experiments.processes import first_decides, is_first, together, uses_gpu, wait, world_size
 from hymba.experiments.resuming import DEALT, FREE, find_resume_point
 from hymba.experiments.settings import SettingsError, TrainSettings, load_settings
 from hymba.experiments.tasks import Task
@@ -89,7 +89,7 @@ def main(config_path: str | Path, overrides: Iterable[str] = ()) -> TrainResult:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with contextlib.ExitStack() as scope:
-        scope.enter_context(together(cpu=settings.run.device == "cpu" or not torch.cuda.is_available()))
+        scope.enter_context(together(cpu=not uses_gpu(settings.run.device)))
         return _run(settings, phases, scope)
 
 
@@ -303,7 +303,7 @@ def check_device(settings: TrainSettings, model: HymbaForCausalLM, length: int |
         hymba.memory.MemoryEstimateError: a step that will not fit.
     """
     run = settings.run
-    if run.device == "cpu" or not torch.cuda.is_available():
+    if not uses_gpu(run.device):
         return
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     capability = torch.cuda.get_device_capability(device)
@@ -385,8 +385,7 @@ def export(
         if settings.export.evaluate and (task is not None or (corpus is not None and corpus.held_out)):
             model = HymbaForCausalLM.from_pretrained(staging, dtype=torch.float32)
             if task is not None:
-                on_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
-                measured = held_out = task.evaluate(model.to("cuda" if on_gpu else "cpu"))
+                measured = held_out = task.evaluate(model.to("cuda" if uses_gpu(settings.run.device) else "cpu"))
             else:
                 assert corpus is not None and tokenizer is not None
                 context = last.data.sequence_length

@@ -27,6 +27,7 @@ from hymba.experiments.captured import Batch, CapturedStep
 from hymba.experiments.optimization import build_optimizer, build_scheduler
 from hymba.experiments.packing import Rows, collate
 from hymba.experiments.phases import Phase
+from hymba.experiments.processes import uses_gpu
 from hymba.model import HymbaForCausalLM
 
 LOG_NAME = "log.jsonl"
@@ -42,7 +43,7 @@ def common_arguments(run: Any, optimizer: Any, output: Path) -> dict[str, Any]:
         run, optimizer: those sections of a training's or a fine-tuning's settings.
         output: the run's folder.
     """
-    on_gpu = torch.cuda.is_available() and run.device != "cpu"
+    on_gpu = uses_gpu(run.device)
     return {
         "output_dir": str(output),
         "per_device_train_batch_size": run.batch_size,
@@ -258,7 +259,7 @@ class HymbaTrainer(RecordedTrainer):
         model.set_activation_checkpointing("none" if settings.run.compile and chosen == "selective" else chosen)
         model.freeze_unused_parameters()
         # The logits of a batch are most of a step's peak, and nothing here reads them.
-        model.use_fused_loss(settings.run.device != "cpu" and torch.cuda.is_available())
+        model.use_fused_loss(uses_gpu(settings.run.device))
         super().__init__(
             model=model,
             args=training_arguments(phase, output),

@@ -28,6 +28,7 @@ from hymba import HymbaConfig, HymbaForCausalLM, quantization
 from hymba.experiments import checkpoints
 from hymba.experiments.ablation.lock import Locks
 from hymba.experiments.callbacks import HeldOut, Progress, StopOnSignal, TensorBoard
+from hymba.experiments.processes import uses_gpu
 from hymba.experiments.settings import SettingsError
 from hymba.experiments.train import DAMAGED, RESULTS_NAME, find_resume_point
 from hymba.experiments.versions import versions_of
@@ -232,7 +233,7 @@ def check_precision(settings: FinetuneSettings, model: HymbaForCausalLM) -> None
         SettingsError: names the GPU and what is allowed there.
     """
     run = settings.run
-    if run.device == "cpu" or not torch.cuda.is_available():
+    if not uses_gpu(run.device):
         return
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # pragma: gpu
     if torch.cuda.get_device_capability(device) < (8, 0):  # pragma: gpu

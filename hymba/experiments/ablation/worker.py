@@ -30,6 +30,7 @@ import hymba
 from hymba.experiments import checkpoints, train
 from hymba.experiments.ablation.plan import CONFIG, FAILURE, RESULT, TRAIN, UNIT
 from hymba.experiments.phases import plan_phases, tokens_after
+from hymba.experiments.processes import uses_gpu
 from hymba.experiments.settings import load_settings
 from hymba.experiments.trainer import LOG_NAME
 from hymba.experiments.versions import versions_of
@@ -165,7 +166,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def device(settings: Mapping[str, Any]) -> torch.device:
     """Where a training with these settings runs."""
-    return torch.device("cpu" if settings["run"]["device"] == "cpu" or not torch.cuda.is_available() else "cuda")
+    return torch.device("cuda" if uses_gpu(settings["run"]["device"]) else "cpu")
 
 
 def device_name(settings: Mapping[str, Any]) -> str:

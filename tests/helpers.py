@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 from transformers.utils import logging
 
 from hymba import HymbaCache, HymbaConfig, HymbaForCausalLM
@@ -182,6 +183,19 @@ def padded_ids() -> tuple[Tensor, Tensor]:
     ids, mask = pad([some_ids(1, n, seed=n)[0] for n in (9, 4, 13)])
     mask[2, 5] = 0
     return ids, mask
+
+
+class Script(LogitsProcessor):
+    """Makes a model say given ids, whatever it thinks; an exception in place of an id is raised."""
+
+    def __init__(self, said: Iterable[int | Exception | type[Exception]]) -> None:
+        self.said = iter(said)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = next(self.said)
+        if not isinstance(token, int):
+            raise token
+        return torch.full_like(scores, -torch.inf).index_fill_(-1, torch.tensor([token]), 0.0)
 
 
 def largest(a: Tensor, b: Tensor) -> float:

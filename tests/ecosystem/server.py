@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_checkpoint import llama_tokenizer, tiny_checkpoint
-from transformers import LogitsProcessor
 from typer.testing import CliRunner
 
 from hymba import HymbaForCausalLM
@@ -105,19 +103,6 @@ def running(folder: Path) -> Iterator[Served]:
         made[1].should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
-
-
-class Script(LogitsProcessor):
-    """Makes the model say given ids, an exception in place of an id is raised."""
-
-    def __init__(self, ids: list[Any]) -> None:
-        self.ids = iter(ids)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = next(self.ids)
-        if isinstance(token, Exception):
-            raise token
-        return torch.full_like(scores, -torch.inf).index_fill_(-1, torch.tensor([token]), 0.0)
 
 
 def alone(served: Served, text: str, tokens: int = 12, **options: Any) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ecosystem.server import CONTEXT, NAME, Script, Served, alone, content, error_of, joined, running, turn, until
+from ecosystem.server import CONTEXT, NAME, Served, alone, content, error_of, joined, running, turn, until
+from helpers import Script
 from transformers import LogitsProcessorList
 from typer.testing import CliRunner
 
@@ -426,7 +427,6 @@ def test_command_refusals(served: Served, tmp_path: Path, monkeypatch: pytest.Mo
     assert refused() == "serve needs no_such_package: pip install 'hymba[serve]'"
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are in the repository only")
 def test_the_benchmark(
     served: Served, say: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,10 +16,6 @@ from hymba import HymbaConfig, cost
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are in the repository, not in the package"
-)
-
 
 @pytest.fixture(autouse=True)
 def _root_on_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,6 @@ from hymba.hub import CheckpointError
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 
-pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="the scripts are in the repository, not in the package")
-
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")

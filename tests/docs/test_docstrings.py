@@ -11,13 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import pytest
 from code_blocks import ROOT
 from torch import nn
-
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "scripts").is_dir(), reason="the list of modules is in the repository, not in the package"
-)
 
 _SHAPE = re.compile(r"\(\w[\w /*+-]*, ?[\w /*+,-]*\)|of any shape|shape")
 _SOURCE = re.compile(r"paper|specification|section \d|equation|figure \d|table \d|arXiv", re.I)

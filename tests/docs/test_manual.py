@@ -15,8 +15,6 @@ from code_blocks import ROOT
 
 SCRIPT = ROOT / "scripts" / "manual.py"
 
-pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="the manual is in the repository, not in the package")
-
 
 @pytest.fixture(scope="module")
 def manual() -> ModuleType:

@@ -13,8 +13,6 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
-pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason="the notebooks are in the repository, not in the package")
-
 
 def printed(cell: Any) -> str:
     return "".join(output.get("text", "") for output in cell.get("outputs", []))

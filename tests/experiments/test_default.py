@@ -43,7 +43,6 @@ def test_the_record_names_corpus_python_and_figure(record):
             assert (split_position(name) < record["settings"]["data"]["held_out"]) == (side == "held_out")
 
 
-@pytest.mark.skipif(not TINY.is_file(), reason="the configurations are not part of the wheel")
 def test_it_was_trained_as_the_shipped_file_says(record):
     shipped, defaults = (json.loads(json.dumps(s.to_dict())) for s in (load_settings(TINY), TrainSettings()))
     assert record["settings"].keys() <= shipped.keys()

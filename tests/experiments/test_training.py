@@ -317,7 +317,6 @@ def test_options_of_a_run(whole, config, tmp_path):
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bits_per_byte.py"
 
 
-@pytest.mark.skipif(not SCRIPT.is_file(), reason="the scripts are not part of the wheel")
 def test_the_script_prints_the_exported_figure_and_the_n_gram(whole, monkeypatch, capsys):
     def run(*options):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
